@@ -1,0 +1,765 @@
+"""BAM! Born-Again Multi-Task Networks for Natural Language Understanding (Clark et al., ACL 2019), from GLUE files and a
+public BERT checkpoint to the paper's table and a leaderboard submission.
+
+Single-task models teach one multi-task model: it learns from their output distributions instead of the labels alone.
+Teacher annealing moves its target, as training goes, from the teachers' outputs to the gold labels, so that the student
+starts as an imitation and ends above its teachers:
+
+    target(step) = λ · gold label + (1 − λ) · teacher's output,      λ = step / num_steps
+
+    python bam.py --demo                     # everything below in two minutes, on generated data
+    python bam.py --task all                 # eight teachers, their outputs, one student, the table, a submission
+    python bam.py --task rte,mrpc            # the same over two tasks
+    python bam.py --task rte                 # plain fine-tuning
+    torchrun --nproc_per_node=8 bam.py --task all
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import glue_data
+import model as bert
+from glue_data import DataError, mix, pack, sample_schedule, side_by_side
+from model import AttentionPlan, BertConfig, CheckpointError, MultiTaskBert, fused, load_pretrained, save_pretrained
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what we compare
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def setting(why, default):
+    return field(default=default, metadata={"why": why})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every hyper-parameter, with its reason. Values are the original's defaults for one task (bam/configure_*.py)."""
+
+    learning_rate: float = setting("peak rate; the multi-task model sees larger batches of harder mixtures", 5e-5)
+    batch_size: int = setting("examples a step; a mixed batch should hold every task", 32)
+    epochs: float = setting("passes over all rows; distillation has more to learn from than labels", 3.0)
+    warmup: float = setting("part of the steps over which the rate rises from 0: Adam here has no bias correction", 0.1)
+    layer_decay: float = setting("α: each layer below the head learns this much slower, the lower the more general", 0.9)
+    weight_decay: float = setting("decoupled; not on biases and LayerNorm", 0.01)
+    clip_norm: float = setting("largest norm of the batch's summed gradient; active at nearly every step", 1.0)
+    exponent: float = setting("tasks are sampled with p ∝ size^this: 1 by size, 0 all alike", 0.75)
+    gold_weight: float | None = setting("λ: 'anneal' for step / num_steps, or a constant from 0 (teacher) to 1 (gold)", None)
+    max_length: int = setting("tokens an example is cut to; few GLUE examples are longer", 128)
+
+
+SINGLE = Recipe()
+MULTI = Recipe(learning_rate=1e-4, batch_size=128, epochs=6.0)
+DEMO = dict(learning_rate=1e-3, layer_decay=1.0)  # from random weights, where no layer is more general than another
+
+
+@dataclass(frozen=True)
+class Regime:
+    """A row of the paper's table: who is trained, and on whose outputs."""
+
+    label: str
+    multi: bool  # one student for all tasks, or one for each
+    teacher: str | None = None  # the regime whose models teach; None: gold labels alone
+
+
+REGIMES = {
+    "single": Regime("Single", multi=False),
+    "multi": Regime("Multi", multi=True),
+    "single-single": Regime("Single→Single", multi=False, teacher="single"),
+    "multi-multi": Regime("Multi→Multi", multi=True, teacher="multi"),
+    "single-multi": Regime("Single→Multi", multi=True, teacher="single"),  # BAM
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the idea (the paper, section 3)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def annealing_weight(step, num_steps, gold_weight=None, has_teacher=True):
+    """λ, the weight of the gold labels: 0 … (N − 1) / N as training goes, or a constant. 1 where nobody teaches."""
+    if not has_teacher:
+        return 1.0
+    return step / num_steps if gold_weight is None else gold_weight
+
+
+@fused
+def distillation_loss(logits, labels, teacher_logits, gold_weight, own, regression):
+    """Each example's loss (B,) against λ · gold + (1 − λ) · teacher. The caller sums: the original's sum, not a mean.
+
+    logits, labels, teacher_logits: (B, K), all tasks' outputs side by side; own: (B, K), which of them belong to the
+    example's task; regression: (B,), whether that task is a score; gold_weight: λ, 0-dimensional. Cross-entropy with the
+    teacher's softmax at temperature 1, or squared error with its score (the original's classification_module and
+    regression_module).
+    """
+    others = ~own
+    teacher_probabilities = teacher_logits.masked_fill(others, -torch.inf).softmax(-1)
+    teacher = torch.where(regression[:, None], teacher_logits, teacher_probabilities)
+    target = gold_weight * labels + (1 - gold_weight) * teacher
+    log_probabilities = logits.masked_fill(others, -torch.inf).log_softmax(-1).masked_fill(others, 0)
+    cross_entropy = -(target * log_probabilities).sum(-1)
+    squared_error = (target - logits).masked_fill(others, 0).square().sum(-1)
+    return torch.where(regression, squared_error, cross_entropy)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# optimization
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step, num_steps, recipe, layers_below_head=0):
+    """Linear warm-up from 0, linear decay to 0; the decay counts from step 0, so the rate falls to 0.9 of the peak where
+    warm-up ends. Times α for each layer below the head (bam/bert/optimization.py)."""
+    warmup_steps = int(recipe.warmup * num_steps)
+    schedule = step / warmup_steps if step < warmup_steps else 1 - step / num_steps
+    return recipe.learning_rate * schedule * recipe.layer_decay**layers_below_head
+
+
+class Adam:
+    """BERT's Adam over one flat row of all parameters: gradient clipped by its global norm, no bias correction,
+    decoupled weight decay, a learning rate for each depth. The model's parameters become views of the row, so that
+    clipping, saving and summing over processes are each one operation.
+    """
+
+    def __init__(self, model, recipe):
+        def group(item):
+            return model.depth(item[0]), item[0].endswith("bias") or "norm" in item[0]
+
+        named = sorted(model.named_parameters(), key=group)
+        size = sum(parameter.numel() for _, parameter in named)
+        device = named[0][1].device
+        self.recipe, self.last = recipe, max(group(item)[0] for item in named)
+        self.values, self.gradients, self.mean, self.square = (torch.zeros(size, device=device) for _ in range(4))
+        groups, end = {}, 0
+        for item in named:
+            start, end = end, end + item[1].numel()
+            shape = item[1].shape
+            self.values[start:end] = item[1].detach().flatten()
+            item[1].data = self.values[start:end].view(shape)
+            item[1].grad = self.gradients[start:end].view(shape)
+            groups[group(item)] = (groups.get(group(item), (start,))[0], end)
+        segments = []
+        for (depth, free), (start, end) in groups.items():
+            segment = self.values[start:end]
+            segment.grad = self.gradients[start:end]
+            decay = 0.0 if free else recipe.weight_decay
+            segments.append({"params": [segment], "weight_decay": decay, "layers_below_head": self.last - depth})
+        self.adam = torch.optim.AdamW(segments, lr=0.0, betas=(0.9, 0.999), eps=1e-6, fused=True)
+        for (start, end), entry in zip(groups.values(), segments, strict=True):
+            # A count so high that the bias correction 1 - β^count is 1: BERT's Adam has none.
+            state = {"step": torch.tensor(1e6, device=device)}
+            state |= {"exp_avg": self.mean[start:end], "exp_avg_sq": self.square[start:end]}
+            self.adam.state[entry["params"][0]] = state
+
+    def step(self, step, num_steps):
+        """Update, zero the gradients, and return their norm before clipping (a tensor)."""
+        norm = self.gradients.norm()
+        self.gradients.mul_(self.recipe.clip_norm / norm.clamp(min=self.recipe.clip_norm))
+        for segment in self.adam.param_groups:
+            segment["lr"] = learning_rate(step, num_steps, self.recipe, segment["layers_below_head"])
+        self.adam.step()
+        self.gradients.zero_()
+        return norm
+
+    def save(self, path, step):
+        tensors = {"values": self.values, "mean": self.mean, "square": self.square, "step": torch.tensor(step)}
+        bert.write_safetensors(path, tensors)
+
+    def load(self, path):
+        """Restore what save wrote, and return its step."""
+        saved = bert.read_safetensors(path)
+        for name in ("values", "mean", "square"):
+            getattr(self, name).copy_(saved[name])
+        return int(saved["step"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# training: one loop for teacher and student
+# ---------------------------------------------------------------------------------------------------------------------
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def seed_dropout(seed, step):
+    """Each step, and each process, draws dropout of its own: a resumed run needs no generator's state."""
+    torch.manual_seed(seed + step + (RANK << 40))
+
+
+def logits_of(model, run, dataset, rows):
+    """Run the model on the examples `rows` of a dataset. Logits (B, K), and the batch, whose rows are in another order."""
+    batch = pack(dataset, rows)
+    tokens = [run.to_device(array) for array in (batch.input_ids, batch.segment_ids, batch.position_ids)]
+    with run.autocast():
+        return model(*tokens, AttentionPlan(batch.cu_seqlens, run.device)), batch
+
+
+def train(model, run, dataset, teacher_logits, recipe, seed, folder):
+    """Train on a dataset of one or several tasks; teacher_logits (N, K), or None to learn from the labels alone.
+
+    Progress goes to metrics.jsonl in `folder`, and every few minutes all that a repeated command needs to go on from
+    there goes to training.safetensors.
+    """
+    sizes = np.bincount(dataset.task_ids)
+    num_steps = int(recipe.epochs * len(dataset) / recipe.batch_size)
+    schedule = sample_schedule(sizes, num_steps, recipe.batch_size, recipe.exponent, seed)
+    first_row = np.cumsum(sizes) - sizes
+    labels = run.to_device(dataset.labels)
+    teacher = labels if teacher_logits is None else run.to_device(teacher_logits)  # labels: of weight 0, see below
+    task_ids = run.to_device(dataset.task_ids).long()
+    owner = run.to_device(np.repeat(np.arange(len(sizes)), [task.num_outputs for task in dataset.tasks]))
+    regression = run.to_device(np.array([task.is_regression for task in dataset.tasks]))
+
+    optimizer = Adam(model, recipe)
+    saved = folder / "training.safetensors"
+    start = optimizer.load(saved) if saved.exists() else 0
+    progress = Progress(run, folder, start, num_steps)
+    model.train()
+    for step in range(start, num_steps):
+        task, row = schedule[step, RANK::WORLD].T
+        seed_dropout(seed, step)
+        gold_weight = annealing_weight(step, num_steps, recipe.gold_weight, teacher_logits is not None)
+        loss, tokens = torch.zeros((), device=run.device), 0
+        if len(row):
+            logits, batch = logits_of(model, run, dataset, first_row[task] + row)
+            rows = run.to_device(batch.rows)
+            own = owner == task_ids[rows, None]
+            is_score = regression[task_ids[rows]]
+            weight = torch.tensor(gold_weight, device=run.device)
+            loss = distillation_loss(logits, labels[rows], teacher[rows], weight, own, is_score).sum()
+            loss.backward()
+            tokens = len(batch.input_ids)
+        if WORLD > 1:
+            dist.all_reduce(optimizer.gradients)
+        norm = optimizer.step(step, num_steps)
+        progress.step(step, loss.detach(), norm, learning_rate(step, num_steps, recipe), gold_weight, recipe, tokens)
+        if run.time_to_save():
+            progress.metrics.flush()
+            run.write(lambda: optimizer.save(saved, step + 1))  # noqa: B023 (called at once)
+            run.stop_if_asked()
+    progress.close()
+
+
+class Progress:
+    """Where training stands: metrics.jsonl, the same bits however often the run was interrupted; and for people one live
+    line on a terminal, or a plain line now and then in a log, with speed and time left."""
+
+    EVERY = 20  # steps; reading a number makes the host wait for the device
+
+    def __init__(self, run, folder, start, num_steps):
+        self.run, self.num_steps, self.start = run, num_steps, start
+        self.stage = folder.relative_to(run.folder)
+        self.began = self.shown = time.time()
+        self.examples = self.tokens = 0
+        path = folder / "metrics.jsonl" if RANK == 0 else Path(os.devnull)
+        lines = path.read_text("utf-8").splitlines(keepends=True) if start and RANK == 0 else []
+        self.metrics = open(path, "w", encoding="utf-8")
+        self.metrics.writelines(line for line in lines if json.loads(line)["step"] < start)
+
+    def step(self, step, loss, norm, rate, gold_weight, recipe, tokens):
+        self.examples += recipe.batch_size
+        self.tokens += tokens * WORLD
+        if step % self.EVERY and step + 1 < self.num_steps:
+            return
+        if WORLD > 1:
+            dist.all_reduce(loss)
+        values = {"step": step, "loss": loss.item() / recipe.batch_size, "gradient_norm": norm.item()}
+        values |= {"learning_rate": rate, "gold_weight": gold_weight}
+        if not np.isfinite(values["loss"]) or not np.isfinite(values["gradient_norm"]):
+            raise CheckpointError(f"{self.stage}: loss or gradient is not finite at step {step}: {values}")
+        self.metrics.write(json.dumps(values) + "\n")
+        now = time.time()
+        if now - self.shown >= (0.2 if self.run.live else 30) or step + 1 == self.num_steps:
+            self.shown = now
+            self.show(step, values, now - self.began)
+
+    def show(self, step, values, seconds):
+        left = seconds / (step + 1 - self.start) * (self.num_steps - step - 1)
+        self.run.say(
+            f"{self.stage}  step {step + 1}/{self.num_steps}  loss {values['loss']:.3f}  "
+            f"lr {values['learning_rate']:.1e}  λ {values['gold_weight']:.2f}  {self.examples / seconds:.0f} ex/s  "
+            f"{self.tokens / seconds:.0f} tok/s  {left / 60:.0f} min left",
+            live=step + 1 < self.num_steps,
+        )
+
+    def close(self):
+        self.metrics.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# predicting
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def predict(model, run, dataset, task, tokens_per_batch=8192):
+    """One task's logits (N, its outputs) for every example of a dataset, dropout off, in the dataset's order."""
+    model.eval()
+    lengths = np.diff(dataset.offsets)
+    order = np.argsort(-lengths, kind="stable")
+    chunks = np.split(order, np.flatnonzero(np.diff(np.cumsum(lengths[order]) // tokens_per_batch)) + 1)
+    outputs = torch.zeros(len(dataset), task.num_outputs, device=run.device)
+    for rows in chunks[RANK::WORLD]:
+        logits, batch = logits_of(model, run, dataset, rows)
+        outputs[run.to_device(batch.rows)] = logits[:, model.columns[task.name]]
+    if WORLD > 1:
+        dist.all_reduce(outputs)
+    return outputs.cpu().numpy()
+
+
+def evaluate(model, run, tasks, folder):
+    """Predict every dev split, write the predictions, and return {task: {split: {metric: percent}}}."""
+    scores = {}
+    for task in tasks:
+        scores[task.name] = {}
+        for split, _ in task.dev:
+            dataset = run.data[task.name][split]
+            logits = predict(model, run, dataset, task)
+            scores[task.name][split] = glue_data.score(task, logits, dataset.labels)
+            words = glue_data.predictions_tsv(glue_data.answers(task, logits))
+            run.write(lambda: write_whole(folder / f"{task.name}.{split}.tsv", words))  # noqa: B023 (called at once)
+        paper = scores[task.name]["dev"][task.metrics[0]]
+        run.say(f"{folder.relative_to(run.folder)}  {task.folder} dev {task.metrics[0]} {paper:.1f}")
+    return scores
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# born again
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_regime(run, name, trial):
+    """Train a row of the table, its teachers first, and return {task: folder of the model that has its head}."""
+    regime = REGIMES[name]
+    teachers = run_regime(run, regime.teacher, trial) if regime.teacher else {}
+    folders = {}
+    for group in [run.tasks] if regime.multi else [[task] for task in run.tasks]:
+        folder = run.folder / f"trial-{trial}" / name / ("" if regime.multi else group[0].name)
+        if not (folder / "scores.json").exists():
+            train_stage(run, group, run.multi if regime.multi else run.single, teachers, folder)
+        folders |= {task.name: folder for task in group}
+    return folders
+
+
+def train_stage(run, tasks, recipe, teachers, folder):
+    """Train one model and leave its folder: weights, vocabulary, metrics, dev predictions, and, last, scores.json."""
+    run.write(lambda: folder.mkdir(parents=True, exist_ok=True))
+    seed = stage_seed(run, folder)
+    if (folder / "model.safetensors").exists():
+        model = bert.load_saved(folder).to(run.device)
+    else:
+        torch.manual_seed(seed)
+        model = MultiTaskBert(run.config, {task.name: task.num_outputs for task in tasks})
+        load_pretrained(model, run.checkpoint)
+        model.to(run.device)
+        teacher_logits = None
+        if teachers:
+            teacher_logits = side_by_side([teacher_outputs(run, task, teachers[task.name]) for task in tasks])
+        dataset = mix([run.data[task.name]["train"] for task in tasks])
+        train(model, run, dataset, teacher_logits, recipe, seed, folder)
+        run.write(lambda: shutil.copyfile(run.checkpoint / "vocab.txt", folder / "vocab.txt"))
+        run.write(lambda: save_pretrained(model, folder))
+    scores = evaluate(model, run, tasks, folder)
+    run.write(lambda: write_whole(folder / "scores.json", json.dumps(scores, indent=2) + "\n"))
+    run.write(lambda: (folder / "training.safetensors").unlink(missing_ok=True))
+
+
+def stage_seed(run, folder):
+    """Every stage of every trial has a seed of its own; else a Single→Single student would repeat its teacher's steps."""
+    name = f"{run.seed}/{folder.relative_to(run.folder).as_posix()}"
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little") >> 1
+
+
+def teacher_outputs(run, task, folder):
+    """A teacher's logits (N, outputs) on its own training set, row by row; both orders of the symmetric tasks."""
+    path = folder / f"{task.name}.train-logits.npy"
+    if not path.exists():
+        logits = predict(bert.load_saved(folder).to(run.device), run, run.data[task.name]["train"], task)
+        run.write(lambda: write_whole(path, logits))
+    logits = np.load(path)
+    assert logits.shape == run.data[task.name]["train"].labels.shape, f"{path}: {logits.shape}: of other data?"
+    return logits
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the paper's table
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def collect(run, names, trials):
+    """{regime: {task: {split: {metric: [percent of each trial]}}}} of the regimes that are finished in all trials."""
+    results = {}
+    for name in names:
+        for trial in range(1, trials + 1):
+            folder = run.folder / f"trial-{trial}" / name
+            files = [folder] if REGIMES[name].multi else [folder / task.name for task in run.tasks]
+            for path in files:
+                for task, splits in json.loads((path / "scores.json").read_text("utf-8")).items():
+                    for split, metrics in splits.items():
+                        for metric, value in metrics.items():
+                            row = results.setdefault(name, {}).setdefault(task, {}).setdefault(split, {})
+                            row.setdefault(metric, []).append(value)
+    return results
+
+
+def columns_of_table(run, result):
+    """[Avg, each task]: for each the values over trials of the paper's metric, an average of tasks within each trial."""
+    tasks = [result[task.name]["dev"][task.metrics[0]] for task in run.tasks]
+    return [np.mean(tasks, axis=0), *map(np.array, tasks)]
+
+
+def table(run, results):
+    """The paper's table 2 with this run's rows; over several trials the median, the spread and p against Single."""
+    rows = [["Model", "Avg", *(task.folder for task in run.tasks)]]
+    single = columns_of_table(run, results["single"]) if "single" in results else None
+    for name, result in results.items():
+        columns = columns_of_table(run, result)
+        rows.append([REGIMES[name].label, *(f"{np.median(column):.1f}" for column in columns)])
+        if len(columns[0]) > 1:
+            rows.append(["  min to max", *(f"{min(column):.1f}–{max(column):.1f}" for column in columns)])
+            if single and name != "single":
+                p_values = [glue_data.mann_whitney_p(column, other) for column, other in zip(columns, single)]
+                rows.append(["  p against Single", *(f"{p:.3f}" for p in p_values)])
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    lines.insert(1, "-" * len(lines[0]))
+    metrics = ", ".join(f"{task.folder} {task.metrics[0]}" for task in run.tasks)
+    return "\n".join([*lines, "", f"GLUE dev, percent: {metrics}."]) + "\n"
+
+
+def submit(run, folders, folder):
+    """Predict every test split that is there and write the leaderboard's zip; say which of its files are missing."""
+    path = folder / "submission.zip"
+    if path.exists():
+        return
+    predictions, missing, models = {}, [], {}
+    for task in glue_data.TASKS.values():
+        for name, _ in task.test:
+            if name == "WNLI" and run.wnli_test_rows and task not in run.tasks:
+                predictions[name] = ["0"] * run.wnli_test_rows  # the majority class, as in the paper
+            elif task in run.tasks and name in run.data[task.name]:
+                if folders[task.name] not in models:
+                    models = {folders[task.name]: bert.load_saved(folders[task.name]).to(run.device)}
+                logits = predict(models[folders[task.name]], run, run.data[task.name][name], task)
+                predictions[name] = glue_data.answers(task, logits)
+            else:
+                missing.append(name)
+    run.write(lambda: glue_data.write_submission(path, predictions))
+    incomplete = f"; not in it, so the leaderboard would refuse it: {', '.join(missing)}" if missing else ""
+    run.say(f"{path}: {len(predictions)} of 11 files{incomplete}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the run directory
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class UsageError(ValueError):
+    """A command that cannot be carried out as given."""
+
+
+def write_whole(path, content):
+    """Write text or an array so that the file appears whole or not at all."""
+    beside = path.with_name(path.name + ".part")
+    with open(beside, "wb") as file:
+        if isinstance(content, np.ndarray):
+            np.save(file, content)
+        else:
+            file.write(content.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+class Run:
+    """What every stage of a run shares: its folder, data, checkpoint, recipes and device."""
+
+    def __init__(self, args):
+        self.tasks, self.seed, self.folder = glue_data.resolve(args.task), args.seed, Path(args.out)
+        self.single, self.multi = recipes(args)
+        self.regimes = regimes_of(args.regime, self.tasks)
+        self.live = sys.stdout.isatty() and RANK == 0
+        self.save_every, self.saved_at, self.stop_asked = args.save_minutes * 60, time.time(), False
+        self.make_folder()
+        self.log = open(self.folder / "log.txt", "a", encoding="utf-8") if RANK == 0 else None
+        data, self.checkpoint = self.demo() if args.demo else (Path(args.data), checkpoint_folder(args.checkpoint))
+        if not args.demo:
+            self.write(lambda: download(data, self.checkpoint, args.checkpoint))
+        self.device, self.bfloat16 = device_of(args.device), args.precision == "bfloat16"
+        if args.precision == "auto":
+            self.bfloat16 = self.device.type == "cuda"
+        bert.COMPILE = self.device.type == "cuda" if args.compile is None else args.compile
+        self.config = BertConfig.from_file(self.checkpoint / "config.json")
+        self.read(data, args.limit)
+        load_pretrained(MultiTaskBert(self.config, {"": 1}), self.checkpoint)  # a bad one is found before any work
+        self.refuse_other(self.identity(data, args.limit))
+
+    def make_folder(self):
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / ".part").write_bytes(b"")
+            (self.folder / ".part").unlink(missing_ok=True)
+        except OSError as error:
+            raise UsageError(f"{self.folder}: cannot be written ({error.strerror}); --out names the run directory") from error
+
+    def demo(self):
+        """Generated GLUE, its vocabulary and a tiny BERT of random weights."""
+        data, checkpoint = self.folder / "demo" / "glue", self.folder / "demo" / "checkpoint"
+        if not (checkpoint / "model.safetensors").exists() and RANK == 0:
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            vocab_size = glue_data.write_demo(data, checkpoint / "vocab.txt")
+            torch.manual_seed(0)
+            config = BertConfig(vocab_size, 64, 2, 4, 128, max_position_embeddings=64)
+            save_pretrained(MultiTaskBert(config, {"": 1}), checkpoint)
+        self.write(lambda: None)
+        return data, checkpoint
+
+    def read(self, data, limit):
+        """Read and tokenize every split, so that bad input is found before any work."""
+        tokenizer = glue_data.Tokenizer(self.checkpoint / "vocab.txt")
+        if tokenizer.size != self.config.vocab_size:
+            found = f"{tokenizer.size} tokens; expected {self.config.vocab_size}, the rows of config.json's embedding"
+            raise CheckpointError(f"{self.checkpoint / 'vocab.txt'}: {found}")
+        length = self.single.max_length
+        if length > self.config.max_position_embeddings:
+            length = self.config.max_position_embeddings
+            raise UsageError(f"--max-length: the checkpoint has {length} positions")
+        self.say(f"reading {', '.join(task.folder for task in self.tasks)} from {data}")
+        self.data, tests = {}, 0
+        for task in self.tasks:
+            here = [name for name, file in task.test if (data / task.folder / file).exists()]
+            splits = ["train", *(split for split, _ in task.dev), *here]
+            self.data[task.name] = {
+                split: glue_data.load_dataset(task, split, data, tokenizer, length, limit if split == "train" else None)
+                for split in splits
+            }
+        wnli = glue_data.TASKS["wnli"]
+        if (data / wnli.folder / "test.tsv").exists():
+            tests = len(glue_data.read_split(wnli, "WNLI", data).first)
+        self.wnli_test_rows = tests
+        for group, recipe in [*(([task], self.single) for task in self.tasks), (self.tasks, self.multi)]:
+            rows = sum(len(self.data[task.name]["train"]) for task in group)
+            if int(recipe.epochs * rows / recipe.batch_size) < 1:
+                raise UsageError(f"{group[0].folder}: {rows} training rows are less than one batch of {recipe.batch_size}")
+
+    def identity(self, data, limit):
+        """All that decides the numbers, so that stages of different runs never mix."""
+        files = [data / task.folder / file for task in self.tasks for file in task.files.values()]
+        files += [self.checkpoint / name for name in ("config.json", "vocab.txt", "model.safetensors", "pytorch_model.bin")]
+        return {
+            "tasks": [task.name for task in self.tasks],
+            "seed": self.seed,
+            "limit": limit,
+            "precision": "bfloat16" if self.bfloat16 else "float32",
+            "single": asdict(self.single),
+            "multi": asdict(self.multi),
+            "files": {str(path): file_digest(path) for path in files if path.exists()},
+        }
+
+    def refuse_other(self, identity):
+        """Write config.json, or hold the one that is there against this command's."""
+        path = self.folder / "config.json"
+        if not path.exists():
+            self.write(lambda: write_whole(path, json.dumps(identity, indent=2) + "\n"))
+        before = json.loads(path.read_text("utf-8"))
+        differences = [
+            f"  {name}: {old!r} there, {new!r} here" for name, old, new in compare(before, identity) if old != new
+        ]
+        if differences:
+            lines = "\n".join(differences)
+            raise UsageError(f"{path}: this folder holds another run; name a new one with --out\n{lines}")
+
+    def to_device(self, array):
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bfloat16 else contextlib.nullcontext()
+
+    def write(self, action):
+        """Let rank 0 act, and the others wait."""
+        if RANK == 0:
+            action()
+        if WORLD > 1:
+            dist.barrier()
+
+    def say(self, line, live=False):
+        """Print a line; a live one is overwritten by the next, and kept out of the log file."""
+        if RANK == 0:
+            end = "" if live and self.live else "\n"
+            print(("\r\033[K" if self.live else "") + line, end=end, flush=True)
+            if not live or not self.live:
+                print(line, file=self.log, flush=True)
+
+    def time_to_save(self):
+        """Whether minutes have passed, or somebody asked to stop; the same on every process."""
+        due = torch.tensor(self.stop_asked or time.time() - self.saved_at > self.save_every, dtype=torch.int32)
+        if WORLD > 1:
+            due = due.to(self.device)
+            dist.all_reduce(due, dist.ReduceOp.MAX)
+        if due:
+            self.saved_at = time.time()
+        return bool(due)
+
+    def stop_if_asked(self):
+        if self.stop_asked:
+            raise KeyboardInterrupt
+
+
+def compare(old, new, prefix=""):
+    """The leaves of two nested dicts, as (name, old, new)."""
+    for key in [*old, *(key for key in new if key not in old)]:
+        a, b = old.get(key, "nothing"), new.get(key, "nothing")
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from compare(a, b, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", a, b
+
+
+def file_digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def device_of(name):
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def regimes_of(names, tasks):
+    """--regime to a list of names; by default the student's row with several tasks and Single with one."""
+    if names is None:
+        return ["single-multi" if len(tasks) > 1 else "single"]
+    wanted = list(REGIMES) if names == "all" else names.split(",")
+    for name in wanted:
+        if name not in REGIMES:
+            raise UsageError(f"--regime: unknown regime {name!r}; known: all, {', '.join(REGIMES)}")
+    return wanted
+
+
+def checkpoint_folder(name):
+    """A folder that is there, or where a public checkpoint of this name is kept."""
+    return Path(name) if Path(name).is_dir() else Path("checkpoints") / name
+
+
+def download(data, checkpoint, name):
+    """Run download_glue.sh, all the network code there is, for what is not there."""
+    wanted = [] if data.is_dir() else [["glue", str(data)]]
+    if not checkpoint.is_dir() or not any(checkpoint.iterdir()):
+        wanted.append(["checkpoint", name, str(checkpoint)])
+    script = Path(__file__).with_name("download_glue.sh")
+    for arguments in wanted:
+        if subprocess.run(["bash", str(script), *arguments], env={**os.environ, "PYTHON": sys.executable}).returncode:
+            raise UsageError(f"{script.name} {' '.join(arguments)} failed, as said above; --demo needs no download")
+
+
+def recipes(args):
+    """SINGLE and MULTI with what the flags override: one value for both, or two with a comma between."""
+    single, multi = (replace(recipe, **(DEMO if args.demo else {})) for recipe in (SINGLE, MULTI))
+    for entry in fields(Recipe):
+        given = getattr(args, entry.name)
+        if given is not None:
+            values = [read_setting(entry, text) for text in given.split(",")]
+            if len(values) > 2:
+                raise UsageError(f"--{entry.name.replace('_', '-')}: {given!r}; expected one value, or two: single,multi")
+            single, multi = replace(single, **{entry.name: values[0]}), replace(multi, **{entry.name: values[-1]})
+    if single.max_length != multi.max_length:
+        raise UsageError("--max-length: teachers and student read the same rows; expected one value")
+    return single, multi
+
+
+LOWEST = {"batch_size": 1, "max_length": 8, "epochs": 1e-9}
+HIGHEST = {"gold_weight": 1, "warmup": 1}
+
+
+def read_setting(entry, text):
+    name = "--" + entry.name.replace("_", "-")
+    if entry.name == "gold_weight" and text == "anneal":
+        return None
+    try:
+        value = int(text) if entry.type is int else float(text)
+    except ValueError:
+        raise UsageError(f"{name}: {text!r} is not {'a whole' if entry.type is int else 'a'} number") from None
+    low, high = LOWEST.get(entry.name, 0), HIGHEST.get(entry.name, float("inf"))
+    if not low <= value <= high:
+        raise UsageError(f"{name}: {text} is not from {low:g} to {high:g}")
+    return value
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser("bam.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--task", default="all", help="all, or names with commas between: " + ", ".join(glue_data.TASKS))
+    add("--regime", help=f"rows of the table, commas between, or all: {', '.join(REGIMES)} (default: the last, or single)")
+    add("--trials", type=int, default=1, help="repeat over seeds; report median, spread and Mann-Whitney p (default 1)")
+    add("--seed", type=int, default=0, help="trial 1's; every stage of every trial derives its own (default 0)")
+    add("--data", default="glue_data", help="the GLUE folder; downloaded if it is not there (default %(default)s)")
+    add("--checkpoint", default="google-bert/bert-base-uncased", help="a folder, or a public name (default %(default)s)")
+    add("--out", help="run directory; repeating the command goes on there (default runs/TASK)")
+    add("--limit", type=int, help="at most so many rows of each training set, evenly spaced (default: all)")
+    add("--demo", action="store_true", help="generated data and a tiny BERT: no download, two minutes")
+    add("--device", default="auto", help="cuda, cpu, mps (default: cuda where there is one)")
+    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 autocast on CUDA")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the fused ops (default: on CUDA)")
+    add("--save-minutes", type=float, default=5, help="between two checkpoints inside a stage (default 5)")
+    group = parser.add_argument_group("recipe", "one value for both, or single,multi")
+    for entry in fields(Recipe):
+        shown = [getattr(recipe, entry.name) for recipe in (SINGLE, MULTI)]
+        default = ",".join(dict.fromkeys("anneal" if value is None else f"{value:g}" for value in shown))
+        why = entry.metadata["why"].replace("%", "%%")
+        group.add_argument("--" + entry.name.replace("_", "-"), metavar="X", help=f"{why} (default {default})")
+    args = parser.parse_args(argv)
+    if args.trials < 1 or (args.limit is not None and args.limit < 1):
+        raise UsageError("--trials and --limit: expected at least 1")
+    args.out = args.out or f"runs/{'demo' if args.demo else args.task.replace(',', '-')}"
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if WORLD > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    run = Run(args)
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda *_: setattr(run, "stop_asked", True))
+    for trial in range(1, args.trials + 1):
+        for name in run.regimes:
+            submit(run, run_regime(run, name, trial), run.folder / f"trial-{trial}" / name)
+    ran = {*run.regimes, *(REGIMES[name].teacher for name in run.regimes)}
+    results = collect(run, [name for name in REGIMES if name in ran], args.trials)
+    run.write(lambda: write_whole(run.folder / "results.json", json.dumps(results, indent=2) + "\n"))
+    run.write(lambda: write_whole(run.folder / "table.txt", table(run, results)))
+    run.say("\n" + table(run, results))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (UsageError, DataError, CheckpointError) as error:
+        print(f"bam.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nbam.py: stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,446 @@
+"""BERT with the heads of many tasks, over packed batches, and the public checkpoint formats. torch alone.
+
+    fused ops      pure functions, one kernel each where torch.compile is on    fused, linear_gelu, ...
+    attention      inside each sequence of a packed batch                       AttentionPlan, attention
+    encoder        BertConfig, BertLayer, MultiTaskBert
+    checkpoints    model.safetensors, pytorch_model.bin, config.json            load_pretrained, save_pretrained
+
+Semantics are those of the original's bam/bert/modeling.py; only the layout differs. A batch of B sequences is one row
+of T real tokens, so every product runs over T and nothing is spent on padding.
+
+Dimension letters: B sequences, T tokens, H hidden size, A attention heads, D = H / A, F feed-forward size, K outputs of
+all tasks together; attention alone pads: n sequences of a bucket to L tokens.
+"""
+
+import json
+import math
+import os
+import pickle
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used. The message names the file, the tensor or key, and what was expected."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fused ops
+# ---------------------------------------------------------------------------------------------------------------------
+
+COMPILE = False  # set by bam.py: on with CUDA, off on a CPU, where compiling costs time and gains none
+
+
+def fused(function):
+    """A pure function that runs under torch.compile where COMPILE is on; `.plain` is always its eager self."""
+    compiled = torch.compile(function, fullgraph=True, dynamic=True)
+
+    def call(*args):
+        return compiled(*args) if COMPILE else function(*args)
+
+    call.plain, call.compiled, call.__doc__, call.__name__ = function, compiled, function.__doc__, function.__name__
+    return call
+
+
+def dropout(x, p):
+    """BERT's dropout. On a CPU each element gets 16 bits of a 64-bit draw, three times as fast as F.dropout there; so p
+    becomes the next multiple of 1/65536 (0.1 becomes 0.100006), and the scale fits that."""
+    if p == 0 or x.device.type != "cpu":
+        return F.dropout(x, p)
+    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    dropped = round(p * 65536)
+    keep = bits[: x.numel()].view(x.shape) >= dropped - 32768
+    return x * keep.to(x.dtype).mul_(65536 / (65536 - dropped))
+
+
+@fused
+def linear_gelu(x, weight, bias):
+    """GELU(x Wᵀ + b), the exact GELU (erf). (T, H) to (T, F)."""
+    return F.gelu(F.linear(x, weight, bias))
+
+
+@fused
+def linear_dropout_add_norm(x, weight, bias, residual, norm_weight, norm_bias, p, eps):
+    """LayerNorm(residual + dropout(x Wᵀ + b)), the end of both sub-layers. (T, H or F) to (T, H)."""
+    x = residual + dropout(F.linear(x, weight, bias), p)
+    return F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# attention
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class AttentionPlan:
+    """How a packed batch is cut into buckets of similar length, padded to one length in each:
+
+    tokens      a a a a a b b b b c c d          T = 12
+    buckets     [a a a a a] [b b b b -]  L = 5   then  [c c] [d -]  L = 2
+    pad         0 1 2 3 4 5 6 7 8 0 9 10 11 0    a token's place in the packed row; padding borrows token 0
+    unpad       the inverse: each token's place among the padded
+
+    Made on the host from cu_seqlens (B + 1,) once a batch; every layer uses it, and no step waits for the device.
+    """
+
+    def __init__(self, cu_seqlens, device="cpu", shrink=0.8):
+        """shrink: a new bucket begins where a sequence is shorter than this part of its bucket's longest."""
+        starts, lengths = np.asarray(cu_seqlens[:-1]), np.diff(cu_seqlens)
+        order = np.argsort(-lengths, kind="stable")
+        cuts = [0]
+        for place, length in enumerate(lengths[order]):
+            if length < shrink * lengths[order[cuts[-1]]]:
+                cuts.append(place)
+        self.buckets = []  # (n, L, mask (n, 1, 1, L) or None where nothing is padded)
+        pads, reals, firsts, padded = [], [], np.empty(len(lengths), np.int64), 0
+        for rows in np.split(order, cuts[1:]):
+            longest = lengths[rows[0]]
+            real = np.arange(longest) < lengths[rows, None]  # (n, L)
+            mask = None if real.all() else torch.from_numpy(real[:, None, None]).to(device, non_blocking=True)
+            self.buckets.append((len(rows), int(longest), mask))
+            pads.append(np.where(real, starts[rows, None] + np.arange(longest), 0).ravel())
+            reals.append(real.ravel())
+            firsts[rows] = padded + np.arange(len(rows)) * longest
+            padded += real.size
+        pad, real = np.concatenate(pads), np.concatenate(reals)
+        unpad = np.empty(int(cu_seqlens[-1]), np.int64)
+        unpad[pad[real]] = np.flatnonzero(real)
+        to = lambda index: torch.from_numpy(index).to(device, non_blocking=True)  # noqa: E731
+        self.pad, self.unpad = to(pad), to(unpad)
+        self.cls = to(starts.astype(np.int64))  # each sequence's first token in the packed row
+        self.cls_order, self.cls_inverse = to(order), to(np.argsort(order))
+
+
+class Reindex(torch.autograd.Function):
+    """x[index] whose gradient is a copy by the inverse index, not a slow sum: no row that counts is taken twice."""
+
+    @staticmethod
+    def forward(ctx, x, index, inverse):
+        ctx.save_for_backward(index, inverse)
+        ctx.rows = len(x)
+        return x[index]
+
+    @staticmethod
+    def backward(ctx, grad):
+        index, inverse = ctx.saved_tensors
+        if len(index) >= ctx.rows:  # pad: what padding borrowed carries no gradient
+            return grad[inverse], None, None
+        return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy_(0, index, grad), None, None  # unpad
+
+
+def attend(q, k, v, mask, p):
+    """softmax(q kᵀ / √D) v with dropout p on the probabilities. q (n, A, 1 or L, D), k and v (n, A, L, D)."""
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return dropout(scores.softmax(-1), p) @ v
+
+
+def attention(q, kv, plan, num_heads, p):
+    """Self-attention of a packed batch. kv (T, 2H); q (T, H), or (B, H): the [CLS] tokens alone. Like q, out."""
+    hidden = q.shape[-1]
+    only_cls = len(q) == len(plan.cls) and len(q) != len(kv)
+    q = q[plan.cls_order] if only_cls else Reindex.apply(q, plan.pad, plan.unpad)
+    kv = Reindex.apply(kv, plan.pad, plan.unpad)
+    queries = q.split([n * (1 if only_cls else length) for n, length, _ in plan.buckets])
+    keys = kv.split([n * length for n, length, _ in plan.buckets])
+    outputs = []
+    for (n, length, mask), query, key in zip(plan.buckets, queries, keys, strict=True):
+        query = query.view(n, -1, num_heads, hidden // num_heads).transpose(1, 2)
+        key, value = key.view(n, length, 2, num_heads, hidden // num_heads).permute(2, 0, 3, 1, 4)
+        outputs.append(attend(query, key, value, mask, p).transpose(1, 2).reshape(-1, hidden))
+    out = torch.cat(outputs)
+    return out[plan.cls_inverse] if only_cls else Reindex.apply(out, plan.unpad, plan.pad)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# encoder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """The encoder's shape, the fields of a checkpoint's config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+
+    @classmethod
+    def from_file(cls, path):
+        """Read a config.json. Raises CheckpointError where it is not BERT's."""
+        path = Path(path)
+        try:
+            values = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: cannot be read ({error}); expected BERT's configuration") from error
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{path}: expected a JSON object, BERT's configuration")
+        for key, expected in (("model_type", "bert"), ("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
+            if values.get(key, expected) != expected:
+                raise CheckpointError(f"{path}: {key} is {values[key]!r}; expected {expected!r}, as BERT has")
+        for field in cls.__dataclass_fields__.values():
+            value = values.get(field.name, field.default)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or value < 0 or (field.type is int and (value < 1 or value != int(value))):
+                found = repr(value) if field.name in values else "missing"
+                raise CheckpointError(f"{path}: {field.name} is {found}; expected BERT's, a {field.type.__name__}")
+        config = cls(**{key: values[key] for key in cls.__dataclass_fields__ if key in values})
+        if config.hidden_size % config.num_attention_heads:
+            raise CheckpointError(
+                f"{path}: hidden_size {config.hidden_size} is not divisible by {config.num_attention_heads} heads"
+            )
+        return config
+
+
+class BertLayer(nn.Module):
+    """Self-attention and feed-forward, each followed by dropout, residual and LayerNorm (post-norm)."""
+
+    def __init__(self, config):
+        super().__init__()
+        hidden, eps = config.hidden_size, config.layer_norm_eps
+        self.config = config
+        self.qkv = nn.Linear(hidden, 3 * hidden)  # query, key and value as one product
+        self.attention_out = nn.Linear(hidden, hidden)
+        self.attention_norm = nn.LayerNorm(hidden, eps)
+        self.ffn_in = nn.Linear(hidden, config.intermediate_size)
+        self.ffn_out = nn.Linear(config.intermediate_size, hidden)
+        self.ffn_norm = nn.LayerNorm(hidden, eps)
+
+    def forward(self, x, plan, only_cls=False):
+        """x (T, H) to (T, H), or with only_cls to the [CLS] tokens' (B, H): of the last layer nothing else is read, so
+        nothing else is computed but the keys and values."""
+        config, hidden = self.config, x.shape[-1]
+        p_hidden = config.hidden_dropout_prob if self.training else 0.0
+        p_attention = config.attention_probs_dropout_prob if self.training else 0.0
+        if only_cls:
+            kv = F.linear(x, self.qkv.weight[hidden:], self.qkv.bias[hidden:])
+            x = x[plan.cls]
+            q = F.linear(x, self.qkv.weight[:hidden], self.qkv.bias[:hidden])
+        else:
+            q, kv = self.qkv(x).split([hidden, 2 * hidden], dim=-1)
+        context = attention(q, kv, plan, config.num_attention_heads, p_attention)
+        out, norm = self.attention_out, self.attention_norm
+        x = linear_dropout_add_norm(context, out.weight, out.bias, x, norm.weight, norm.bias, p_hidden, norm.eps)
+        inner = linear_gelu(x, self.ffn_in.weight, self.ffn_in.bias)
+        out, norm = self.ffn_out, self.ffn_norm
+        return linear_dropout_add_norm(inner, out.weight, out.bias, x, norm.weight, norm.bias, p_hidden, norm.eps)
+
+
+class MultiTaskBert(nn.Module):
+    """The encoder, its pooler, and the heads of all tasks as the rows of one matrix: one product serves a batch of mixed
+    tasks, and the head of an absent task gets the zero gradient that it gets in the original.
+
+    num_outputs: {task: number of labels, or 1 for a score}; a task's logits are `columns[task]` of the K.
+    """
+
+    def __init__(self, config, num_outputs):
+        super().__init__()
+        hidden = config.hidden_size
+        self.config, self.num_outputs = config, dict(num_outputs)
+        ends = np.cumsum(list(num_outputs.values())).tolist()
+        self.columns = {task: slice(end - k, end) for (task, k), end in zip(num_outputs.items(), ends, strict=True)}
+        self.word_embeddings = nn.Embedding(config.vocab_size, hidden)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, hidden)
+        self.segment_embeddings = nn.Embedding(config.type_vocab_size, hidden)
+        self.embeddings_norm = nn.LayerNorm(hidden, config.layer_norm_eps)
+        self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+        self.pooler = nn.Linear(hidden, hidden)
+        self.head = nn.Linear(hidden, ends[-1])
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self):
+        """BERT's truncated normal (at two standard deviations); Glorot-uniform heads, each by its own size; zero biases."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif "norm" not in name:
+                std = self.config.initializer_range
+                nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
+        for columns in self.columns.values():
+            nn.init.xavier_uniform_(self.head.weight[columns])
+
+    def depth(self, name):
+        """The layer a parameter belongs to, for layer-wise learning rates: embeddings 0, layer k (from 0) k + 1, pooler
+        L + 1, head L + 2 (bam/bert/optimization.py, _get_edecay_lrs)."""
+        last = self.config.num_hidden_layers
+        if name.startswith("layers."):
+            return int(name.split(".")[1]) + 1
+        return {"pooler": last + 1, "head": last + 2}.get(name.split(".")[0], 0)
+
+    def encode(self, input_ids, segment_ids, position_ids, plan):
+        """(T,) each to every layer's output: the embeddings' and all but the last layer's (T, H), the last's (B, H)."""
+        x = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
+        x = self.embeddings_norm(x + self.segment_embeddings(segment_ids))
+        outputs = [dropout(x, self.config.hidden_dropout_prob if self.training else 0.0)]
+        for layer in self.layers:
+            outputs.append(layer(outputs[-1], plan, only_cls=layer is self.layers[-1]))
+        return outputs
+
+    def forward(self, input_ids, segment_ids, position_ids, plan):
+        """(T,) each, and the batch's AttentionPlan, to logits (B, K) in float32: every head's on every sequence."""
+        pooled = torch.tanh(self.pooler(self.encode(input_ids, segment_ids, position_ids, plan)[-1]))
+        return self.head(dropout(pooled, self.config.hidden_dropout_prob if self.training else 0.0)).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Our name, and Hugging Face's for the same tensor; q, k and v are three tensors there. Layers are under encoder.layer.N.
+QKV = tuple(f"attention.self.{part}" for part in ("query", "key", "value"))
+LAYER_NAMES = {
+    "attention_out": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    "ffn_in": "intermediate.dense",
+    "ffn_out": "output.dense",
+    "ffn_norm": "output.LayerNorm",
+}
+NAMES = {
+    "word_embeddings": "embeddings.word_embeddings",
+    "position_embeddings": "embeddings.position_embeddings",
+    "segment_embeddings": "embeddings.token_type_embeddings",
+    "embeddings_norm": "embeddings.LayerNorm",
+    "pooler": "pooler.dense",
+}
+
+
+def public_tensors(model):
+    """{public name: our tensor, or the part of it that stands under that name}. Views: writing to them loads the model."""
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        *module, kind = name.split(".")
+        if module[0] == "layers":
+            prefix = f"bert.encoder.layer.{module[1]}"
+            if module[2] == "qkv":
+                thirds = zip(QKV, tensor.chunk(3), strict=True)
+                tensors.update({f"{prefix}.{public}.{kind}": third for public, third in thirds})
+            else:
+                tensors[f"{prefix}.{LAYER_NAMES[module[2]]}.{kind}"] = tensor
+        elif module[0] == "head":
+            tensors.update({f"heads.{task}.{kind}": tensor[columns] for task, columns in model.columns.items()})
+        else:
+            tensors[f"bert.{NAMES[module[0]]}.{kind}"] = tensor
+    return tensors
+
+
+def load_pretrained(model, folder, heads=False):
+    """Load a folder's weights into the model; with heads=True (a folder of save_pretrained) its heads too.
+
+    Takes Hugging Face's files with or without the `bert.` prefix, with gamma/beta or weight/bias. A tensor that is
+    missing, left over in the encoder, or of another shape raises CheckpointError and is named.
+    """
+    path, found = read_weights(Path(folder))
+    for name, tensor in public_tensors(model).items():
+        if name.startswith("heads.") and not heads:
+            continue
+        if name not in found:
+            raise CheckpointError(f"{path}: no tensor {name!r}; expected one of shape {list(tensor.shape)}")
+        if found[name].shape != tensor.shape:
+            shapes = f"{list(found[name].shape)}; expected {list(tensor.shape)} by config.json and vocab.txt"
+            raise CheckpointError(f"{path}: tensor {name!r} has shape {shapes}")
+        tensor.copy_(found.pop(name))
+    left = sorted(name for name in found if name.startswith("bert."))
+    if left:
+        raise CheckpointError(f"{path}: tensor {left[0]!r} (and {len(left) - 1} more) has no place in this encoder")
+
+
+def load_saved(folder):
+    """The model that save_pretrained wrote, its heads as the file has them."""
+    _, found = read_weights(folder)
+    heads = [name.split(".") for name in found if name.startswith("heads.") and name.endswith(".weight")]
+    num_outputs = {task: len(found[f"heads.{task}.weight"]) for _, task, _ in heads}
+    model = MultiTaskBert(BertConfig.from_file(folder / "config.json"), num_outputs)
+    load_pretrained(model, folder, heads=True)
+    return model
+
+
+def read_weights(folder):
+    """(file, {public name with `bert.`: tensor}) of a checkpoint's folder."""
+    path = folder / "model.safetensors"
+    if path.exists():
+        tensors = read_safetensors(path)
+    else:
+        path = folder / "pytorch_model.bin"
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)  # never unpickles code
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise CheckpointError(f"{path}: cannot be read ({reason}); expected model.safetensors or this") from error
+    prefixed = any(name.startswith("bert.") for name in tensors)
+    found = {}
+    for name, tensor in tensors.items():
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        if name.endswith("embeddings.position_ids"):  # 0, 1, 2, ...: a constant that old files store
+            continue
+        encoder = name.startswith(("embeddings.", "encoder.", "pooler."))
+        found["bert." + name if encoder and not prefixed else name] = tensor
+    return path, found
+
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+
+
+def read_safetensors(path):
+    """{name: tensor} of a safetensors file: an 8-byte header length, a JSON header, raw little-endian data."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise CheckpointError(f"{path}: is cut off: {size} bytes cannot hold its header of {length}")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            entries = {name: (DTYPES[e["dtype"]], e["shape"], *e["data_offsets"]) for name, e in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path}: header cannot be understood ({error!r}); expected safetensors") from error
+    data = np.memmap(path, np.uint8, "c", offset=8 + length) if size > 8 + length else np.empty(0, np.uint8)
+    tensors = {}
+    for name, (dtype, shape, start, end) in entries.items():
+        if end > len(data):
+            raise CheckpointError(f"{path}: is cut off: tensor {name!r} ends at byte {end} of {len(data)}")
+        if not 0 <= start <= end or end - start != math.prod(shape) * dtype.itemsize:
+            raise CheckpointError(f"{path}: tensor {name!r}: bytes {start} to {end} do not hold {dtype} {shape}")
+        tensors[name] = torch.from_numpy(np.array(data[start:end])).view(dtype).view(shape)
+    return tensors
+
+
+def write_safetensors(path, tensors):
+    """Write {name: tensor}, read_safetensors' inverse; the file appears whole or not at all."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    beside = path.with_name(path.name + ".part")
+    with open(beside, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def save_pretrained(model, folder):
+    """Write config.json and model.safetensors under public names, heads included: load_pretrained's inverse."""
+    config = {"model_type": "bert", "hidden_act": "gelu", **asdict(model.config)}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    write_safetensors(folder / "model.safetensors", public_tensors(model))
