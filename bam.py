@@ -1,5 +1,5 @@
-"""BAM! Born-Again Multi-Task Networks for Natural Language Understanding (Clark et al., ACL 2019), from GLUE files and a
-public BERT checkpoint to the paper's table and a leaderboard submission.
+"""BAM! Born-Again Multi-Task Networks for Natural Language Understanding (Clark et al., ACL 2019), from GLUE files and
+a public BERT checkpoint to the paper's table and a leaderboard submission.
 
 Single-task models teach one multi-task model: it learns from their output distributions instead of the labels alone.
 Teacher annealing moves its target, as training goes, from the teachers' outputs to the gold labels, so that the student
@@ -30,19 +30,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 import glue_data
 import model as bert
 from glue_data import DataError, mix, pack, sample_schedule, side_by_side
 from model import AttentionPlan, BertConfig, CheckpointError, MultiTaskBert, fused, load_pretrained, save_pretrained
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what we compare
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------- what we compare
 
 
-def setting(why, default):
+def setting(default, why):
     return field(default=default, metadata={"why": why})
 
 
@@ -50,16 +47,16 @@ def setting(why, default):
 class Recipe:
     """Every hyper-parameter, with its reason. Values are the original's defaults for one task (bam/configure_*.py)."""
 
-    learning_rate: float = setting("peak rate; the multi-task model sees larger batches of harder mixtures", 5e-5)
-    batch_size: int = setting("examples a step; a mixed batch should hold every task", 32)
-    epochs: float = setting("passes over all rows; distillation has more to learn from than labels", 3.0)
-    warmup: float = setting("part of the steps over which the rate rises from 0: Adam here has no bias correction", 0.1)
-    layer_decay: float = setting("α: each layer below the head learns this much slower, the lower the more general", 0.9)
-    weight_decay: float = setting("decoupled; not on biases and LayerNorm", 0.01)
-    clip_norm: float = setting("largest norm of the batch's summed gradient; active at nearly every step", 1.0)
-    exponent: float = setting("tasks are sampled with p ∝ size^this: 1 by size, 0 all alike", 0.75)
-    gold_weight: float | None = setting("λ: 'anneal' for step / num_steps, or a constant from 0 (teacher) to 1 (gold)", None)
-    max_length: int = setting("tokens an example is cut to; few GLUE examples are longer", 128)
+    learning_rate: float = setting(5e-5, "peak rate; the multi-task model sees larger batches of harder mixtures")
+    batch_size: int = setting(32, "examples a step; a mixed batch should hold every task")
+    epochs: float = setting(3.0, "passes over all rows; distillation has more to learn from than labels")
+    warmup: float = setting(0.1, "part of the steps over which the rate rises from 0: Adam has no bias correction here")
+    layer_decay: float = setting(0.9, "α: each layer learns this much slower than the one above; low ones are general")
+    weight_decay: float = setting(0.01, "decoupled; not on biases and LayerNorm")
+    clip_norm: float = setting(1.0, "largest norm of a batch's summed gradient; active at nearly every step")
+    exponent: float = setting(0.75, "tasks are sampled with p ∝ size^this: 1 by size, 0 all alike")
+    gold_weight: float | None = setting(None, "λ: 'anneal' for step / num_steps, or a constant, 0 teacher to 1 gold")
+    max_length: int = setting(128, "tokens an example is cut to; few GLUE examples are longer")
 
 
 SINGLE = Recipe()
@@ -84,9 +81,7 @@ REGIMES = {
     "single-multi": Regime("Single→Multi", multi=True, teacher="single"),  # BAM
 }
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the idea (the paper, section 3)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------- the idea (the paper, section 3)
 
 
 def annealing_weight(step, num_steps, gold_weight=None, has_teacher=True):
@@ -101,9 +96,8 @@ def distillation_loss(logits, labels, teacher_logits, gold_weight, own, regressi
     """Each example's loss (B,) against λ · gold + (1 − λ) · teacher. The caller sums: the original's sum, not a mean.
 
     logits, labels, teacher_logits: (B, K), all tasks' outputs side by side; own: (B, K), which of them belong to the
-    example's task; regression: (B,), whether that task is a score; gold_weight: λ, 0-dimensional. Cross-entropy with the
-    teacher's softmax at temperature 1, or squared error with its score (the original's classification_module and
-    regression_module).
+    example's task; regression: (B,), whether that task is a score; gold_weight: λ, 0-dimensional. Cross-entropy with
+    the teacher's softmax at temperature 1, or squared error with its score, as the original's task_specific modules.
     """
     others = ~own
     teacher_probabilities = teacher_logits.masked_fill(others, -torch.inf).softmax(-1)
@@ -115,16 +109,14 @@ def distillation_loss(logits, labels, teacher_logits, gold_weight, own, regressi
     return torch.where(regression, squared_error, cross_entropy)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# optimization
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------- optimization
 
 
 def learning_rate(step, num_steps, recipe, layers_below_head=0):
-    """Linear warm-up from 0, linear decay to 0; the decay counts from step 0, so the rate falls to 0.9 of the peak where
-    warm-up ends. Times α for each layer below the head (bam/bert/optimization.py)."""
+    """Linear warm-up from 0, linear decay to 0. The decay counts from step 0, so where warm-up ends the rate falls to
+    0.9 of the peak. Times α for each layer below the head (bam/bert/optimization.py)."""
     warmup_steps = int(recipe.warmup * num_steps)
-    schedule = step / warmup_steps if step < warmup_steps else 1 - step / num_steps
+    schedule = step / warmup_steps if step < warmup_steps else max(0.0, 1 - step / num_steps)
     return recipe.learning_rate * schedule * recipe.layer_decay**layers_below_head
 
 
@@ -186,20 +178,45 @@ class Adam:
         return int(saved["step"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# training: one loop for teacher and student
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------- training: one loop for teacher and student
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+
+
+class TrainingError(RuntimeError):
+    """Training that cannot go on."""
+
+
+class Targets:
+    """What the logits of a dataset's examples are held against, on the device: labels, teachers' logits (N, K), or None
+    where nobody teaches, and which of the K outputs are whose."""
+
+    def __init__(self, run, dataset, teacher_logits):
+        tasks = dataset.tasks
+        self.has_teacher = teacher_logits is not None
+        self.labels = run.to_device(dataset.labels)
+        self.teacher = run.to_device(teacher_logits) if self.has_teacher else self.labels  # then of weight 0
+        self.task_ids = run.to_device(dataset.task_ids).long()
+        self.owner = run.to_device(np.repeat(np.arange(len(tasks)), [task.num_outputs for task in tasks]))
+        self.regression = run.to_device(np.array([task.is_regression for task in tasks]))
+
+    def loss(self, logits, rows, gold_weight):
+        """The summed loss of the examples `rows` (B,), given their logits (B, K)."""
+        task = self.task_ids[rows]
+        weight = torch.tensor(gold_weight, device=logits.device)
+        own = self.owner == task[:, None]
+        return distillation_loss(
+            logits, self.labels[rows], self.teacher[rows], weight, own, self.regression[task]
+        ).sum()
 
 
 def seed_dropout(seed, step):
-    """Each step, and each process, draws dropout of its own: a resumed run needs no generator's state."""
-    torch.manual_seed(seed + step + (RANK << 40))
+    """Each step of each process draws dropout of its own, so a resumed run needs no generator's state."""
+    torch.manual_seed((seed + step + RANK * 1_000_003) % 2**32)
 
 
 def logits_of(model, run, dataset, rows):
-    """Run the model on the examples `rows` of a dataset. Logits (B, K), and the batch, whose rows are in another order."""
+    """Run the model on the examples `rows` of a dataset: logits (B, K), and the Batch, which orders the rows anew."""
     batch = pack(dataset, rows)
     tokens = [run.to_device(array) for array in (batch.input_ids, batch.segment_ids, batch.position_ids)]
     with run.autocast():
@@ -213,53 +230,41 @@ def train(model, run, dataset, teacher_logits, recipe, seed, folder):
     there goes to training.safetensors.
     """
     sizes = np.bincount(dataset.task_ids)
+    first_row = np.cumsum(sizes) - sizes
     num_steps = int(recipe.epochs * len(dataset) / recipe.batch_size)
     schedule = sample_schedule(sizes, num_steps, recipe.batch_size, recipe.exponent, seed)
-    first_row = np.cumsum(sizes) - sizes
-    labels = run.to_device(dataset.labels)
-    teacher = labels if teacher_logits is None else run.to_device(teacher_logits)  # labels: of weight 0, see below
-    task_ids = run.to_device(dataset.task_ids).long()
-    owner = run.to_device(np.repeat(np.arange(len(sizes)), [task.num_outputs for task in dataset.tasks]))
-    regression = run.to_device(np.array([task.is_regression for task in dataset.tasks]))
-
-    optimizer = Adam(model, recipe)
+    targets, optimizer = Targets(run, dataset, teacher_logits), Adam(model, recipe)
     saved = folder / "training.safetensors"
     start = optimizer.load(saved) if saved.exists() else 0
-    progress = Progress(run, folder, start, num_steps)
+    progress = Progress(run, folder, start, num_steps, recipe)
     model.train()
     for step in range(start, num_steps):
-        task, row = schedule[step, RANK::WORLD].T
         seed_dropout(seed, step)
-        gold_weight = annealing_weight(step, num_steps, recipe.gold_weight, teacher_logits is not None)
+        gold_weight = annealing_weight(step, num_steps, recipe.gold_weight, targets.has_teacher)
+        task, row = schedule[step, RANK::WORLD].T  # this process's share of the batch
         loss, tokens = torch.zeros((), device=run.device), 0
         if len(row):
             logits, batch = logits_of(model, run, dataset, first_row[task] + row)
-            rows = run.to_device(batch.rows)
-            own = owner == task_ids[rows, None]
-            is_score = regression[task_ids[rows]]
-            weight = torch.tensor(gold_weight, device=run.device)
-            loss = distillation_loss(logits, labels[rows], teacher[rows], weight, own, is_score).sum()
+            loss, tokens = targets.loss(logits, run.to_device(batch.rows), gold_weight), len(batch.input_ids)
             loss.backward()
-            tokens = len(batch.input_ids)
         if WORLD > 1:
             dist.all_reduce(optimizer.gradients)
         norm = optimizer.step(step, num_steps)
-        progress.step(step, loss.detach(), norm, learning_rate(step, num_steps, recipe), gold_weight, recipe, tokens)
+        progress.step(step, loss.detach(), norm, gold_weight, tokens)
         if run.time_to_save():
-            progress.metrics.flush()
             run.write(lambda: optimizer.save(saved, step + 1))  # noqa: B023 (called at once)
             run.stop_if_asked()
     progress.close()
 
 
 class Progress:
-    """Where training stands: metrics.jsonl, the same bits however often the run was interrupted; and for people one live
-    line on a terminal, or a plain line now and then in a log, with speed and time left."""
+    """Where training stands: metrics.jsonl, the same bits however often the run was interrupted; and for people one
+    live line on a terminal, or a plain line now and then in a log, with speed and time left."""
 
     EVERY = 20  # steps; reading a number makes the host wait for the device
 
-    def __init__(self, run, folder, start, num_steps):
-        self.run, self.num_steps, self.start = run, num_steps, start
+    def __init__(self, run, folder, start, num_steps, recipe):
+        self.run, self.num_steps, self.start, self.recipe = run, num_steps, start, recipe
         self.stage = folder.relative_to(run.folder)
         self.began = self.shown = time.time()
         self.examples = self.tokens = 0
@@ -268,18 +273,19 @@ class Progress:
         self.metrics = open(path, "w", encoding="utf-8")
         self.metrics.writelines(line for line in lines if json.loads(line)["step"] < start)
 
-    def step(self, step, loss, norm, rate, gold_weight, recipe, tokens):
-        self.examples += recipe.batch_size
+    def step(self, step, loss, norm, gold_weight, tokens):
+        self.examples += self.recipe.batch_size
         self.tokens += tokens * WORLD
         if step % self.EVERY and step + 1 < self.num_steps:
             return
         if WORLD > 1:
             dist.all_reduce(loss)
-        values = {"step": step, "loss": loss.item() / recipe.batch_size, "gradient_norm": norm.item()}
-        values |= {"learning_rate": rate, "gold_weight": gold_weight}
-        if not np.isfinite(values["loss"]) or not np.isfinite(values["gradient_norm"]):
-            raise CheckpointError(f"{self.stage}: loss or gradient is not finite at step {step}: {values}")
+        values = {"step": step, "loss": loss.item() / self.recipe.batch_size, "gradient_norm": norm.item()}
+        values |= {"learning_rate": learning_rate(step, self.num_steps, self.recipe), "gold_weight": gold_weight}
+        if not np.isfinite([values["loss"], values["gradient_norm"]]).all():
+            raise TrainingError(f"{self.stage}: loss or gradient is not finite: {values}")
         self.metrics.write(json.dumps(values) + "\n")
+        self.metrics.flush()
         now = time.time()
         if now - self.shown >= (0.2 if self.run.live else 30) or step + 1 == self.num_steps:
             self.shown = now
@@ -298,9 +304,7 @@ class Progress:
         self.metrics.close()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# predicting
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------- predicting
 
 
 @torch.no_grad()
@@ -328,16 +332,16 @@ def evaluate(model, run, tasks, folder):
             dataset = run.data[task.name][split]
             logits = predict(model, run, dataset, task)
             scores[task.name][split] = glue_data.score(task, logits, dataset.labels)
-            words = glue_data.predictions_tsv(glue_data.answers(task, logits))
-            run.write(lambda: write_whole(folder / f"{task.name}.{split}.tsv", words))  # noqa: B023 (called at once)
-        paper = scores[task.name]["dev"][task.metrics[0]]
-        run.say(f"{folder.relative_to(run.folder)}  {task.folder} dev {task.metrics[0]} {paper:.1f}")
+            words = glue_data.answers(task, logits)
+            text = glue_data.predictions_tsv(words)
+            run.write(lambda: write_whole(folder / f"{task.name}.{split}.tsv", text))  # noqa: B023 (called at once)
+            score = f"{task.metrics[0]} {scores[task.name][split][task.metrics[0]]:.1f}"
+            collapsed = f", a collapsed run: every answer is {words[0]}" if len(set(words)) == 1 else ""
+            run.say(f"{folder.relative_to(run.folder)}  {task.folder} {split} {score}{collapsed}")
     return scores
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# born again
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------- born again
 
 
 def run_regime(run, name, trial):
@@ -358,12 +362,10 @@ def train_stage(run, tasks, recipe, teachers, folder):
     run.write(lambda: folder.mkdir(parents=True, exist_ok=True))
     seed = stage_seed(run, folder)
     if (folder / "model.safetensors").exists():
-        model = bert.load_saved(folder).to(run.device)
+        model = load_pretrained(folder).to(run.device)
     else:
         torch.manual_seed(seed)
-        model = MultiTaskBert(run.config, {task.name: task.num_outputs for task in tasks})
-        load_pretrained(model, run.checkpoint)
-        model.to(run.device)
+        model = load_pretrained(run.checkpoint, {task.name: task.num_outputs for task in tasks}).to(run.device)
         teacher_logits = None
         if teachers:
             teacher_logits = side_by_side([teacher_outputs(run, task, teachers[task.name]) for task in tasks])
@@ -377,7 +379,7 @@ def train_stage(run, tasks, recipe, teachers, folder):
 
 
 def stage_seed(run, folder):
-    """Every stage of every trial has a seed of its own; else a Single→Single student would repeat its teacher's steps."""
+    """Every stage of every trial has a seed of its own; else a Single→Single student would repeat its teacher."""
     name = f"{run.seed}/{folder.relative_to(run.folder).as_posix()}"
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little") >> 1
 
@@ -386,16 +388,14 @@ def teacher_outputs(run, task, folder):
     """A teacher's logits (N, outputs) on its own training set, row by row; both orders of the symmetric tasks."""
     path = folder / f"{task.name}.train-logits.npy"
     if not path.exists():
-        logits = predict(bert.load_saved(folder).to(run.device), run, run.data[task.name]["train"], task)
+        logits = predict(load_pretrained(folder).to(run.device), run, run.data[task.name]["train"], task)
         run.write(lambda: write_whole(path, logits))
     logits = np.load(path)
     assert logits.shape == run.data[task.name]["train"].labels.shape, f"{path}: {logits.shape}: of other data?"
     return logits
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the paper's table
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------- the paper's table
 
 
 def collect(run, names, trials):
@@ -415,7 +415,7 @@ def collect(run, names, trials):
 
 
 def columns_of_table(run, result):
-    """[Avg, each task]: for each the values over trials of the paper's metric, an average of tasks within each trial."""
+    """[Avg, each task]: the paper's metric over the trials; the average is taken within each trial."""
     tasks = [result[task.name]["dev"][task.metrics[0]] for task in run.tasks]
     return [np.mean(tasks, axis=0), *map(np.array, tasks)]
 
@@ -430,7 +430,7 @@ def table(run, results):
         if len(columns[0]) > 1:
             rows.append(["  min to max", *(f"{min(column):.1f}–{max(column):.1f}" for column in columns)])
             if single and name != "single":
-                p_values = [glue_data.mann_whitney_p(column, other) for column, other in zip(columns, single)]
+                p_values = [glue_data.mann_whitney_p(column, other) for column, other in zip(columns, single, strict=True)]
                 rows.append(["  p against Single", *(f"{p:.3f}" for p in p_values)])
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
@@ -451,7 +451,7 @@ def submit(run, folders, folder):
                 predictions[name] = ["0"] * run.wnli_test_rows  # the majority class, as in the paper
             elif task in run.tasks and name in run.data[task.name]:
                 if folders[task.name] not in models:
-                    models = {folders[task.name]: bert.load_saved(folders[task.name]).to(run.device)}
+                    models = {folders[task.name]: load_pretrained(folders[task.name]).to(run.device)}
                 logits = predict(models[folders[task.name]], run, run.data[task.name][name], task)
                 predictions[name] = glue_data.answers(task, logits)
             else:
@@ -461,9 +461,7 @@ def submit(run, folders, folder):
     run.say(f"{path}: {len(predictions)} of 11 files{incomplete}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the run directory
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------- the run directory
 
 
 class UsageError(ValueError):
@@ -501,9 +499,8 @@ class Run:
         if args.precision == "auto":
             self.bfloat16 = self.device.type == "cuda"
         bert.COMPILE = self.device.type == "cuda" if args.compile is None else args.compile
-        self.config = BertConfig.from_file(self.checkpoint / "config.json")
+        self.config = load_pretrained(self.checkpoint, {"": 1}).config  # a bad checkpoint is found before any work
         self.read(data, args.limit)
-        load_pretrained(MultiTaskBert(self.config, {"": 1}), self.checkpoint)  # a bad one is found before any work
         self.refuse_other(self.identity(data, args.limit))
 
     def make_folder(self):
@@ -512,7 +509,9 @@ class Run:
             (self.folder / ".part").write_bytes(b"")
             (self.folder / ".part").unlink(missing_ok=True)
         except OSError as error:
-            raise UsageError(f"{self.folder}: cannot be written ({error.strerror}); --out names the run directory") from error
+            raise UsageError(
+                f"{self.folder}: cannot be written ({error.strerror}); --out names the run directory"
+            ) from error
 
     def demo(self):
         """Generated GLUE, its vocabulary and a tiny BERT of random weights."""
@@ -552,12 +551,13 @@ class Run:
         for group, recipe in [*(([task], self.single) for task in self.tasks), (self.tasks, self.multi)]:
             rows = sum(len(self.data[task.name]["train"]) for task in group)
             if int(recipe.epochs * rows / recipe.batch_size) < 1:
-                raise UsageError(f"{group[0].folder}: {rows} training rows are less than one batch of {recipe.batch_size}")
+                names = ", ".join(task.folder for task in group)
+                raise UsageError(f"{names}: {rows} training rows are less than one batch of {recipe.batch_size}")
 
     def identity(self, data, limit):
         """All that decides the numbers, so that stages of different runs never mix."""
         files = [data / task.folder / file for task in self.tasks for file in task.files.values()]
-        files += [self.checkpoint / name for name in ("config.json", "vocab.txt", "model.safetensors", "pytorch_model.bin")]
+        files += [self.checkpoint / name for name in bert.FILES]
         return {
             "tasks": [task.name for task in self.tasks],
             "seed": self.seed,
@@ -635,15 +635,13 @@ def file_digest(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the command
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------- the command
 
 
 def device_of(name):
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if name == "auto":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
 
 
 def regimes_of(names, tasks):
@@ -681,7 +679,9 @@ def recipes(args):
         if given is not None:
             values = [read_setting(entry, text) for text in given.split(",")]
             if len(values) > 2:
-                raise UsageError(f"--{entry.name.replace('_', '-')}: {given!r}; expected one value, or two: single,multi")
+                raise UsageError(
+                    f"--{entry.name.replace('_', '-')}: {given!r}; expected one value, or two: single,multi"
+                )
             single, multi = replace(single, **{entry.name: values[0]}), replace(multi, **{entry.name: values[-1]})
     if single.max_length != multi.max_length:
         raise UsageError("--max-length: teachers and student read the same rows; expected one value")
@@ -707,14 +707,21 @@ def read_setting(entry, text):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser("bam.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "bam.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--task", default="all", help="all, or names with commas between: " + ", ".join(glue_data.TASKS))
-    add("--regime", help=f"rows of the table, commas between, or all: {', '.join(REGIMES)} (default: the last, or single)")
+    add(
+        "--regime",
+        help=f"rows of the table, commas between, or all: {', '.join(REGIMES)} (default: the last, or single)",
+    )
     add("--trials", type=int, default=1, help="repeat over seeds; report median, spread and Mann-Whitney p (default 1)")
     add("--seed", type=int, default=0, help="trial 1's; every stage of every trial derives its own (default 0)")
     add("--data", default="glue_data", help="the GLUE folder; downloaded if it is not there (default %(default)s)")
-    add("--checkpoint", default="google-bert/bert-base-uncased", help="a folder, or a public name (default %(default)s)")
+    add(
+        "--checkpoint", default="google-bert/bert-base-uncased", help="a folder, or a public name (default %(default)s)"
+    )
     add("--out", help="run directory; repeating the command goes on there (default runs/TASK)")
     add("--limit", type=int, help="at most so many rows of each training set, evenly spaced (default: all)")
     add("--demo", action="store_true", help="generated data and a tiny BERT: no download, two minutes")
@@ -754,12 +761,21 @@ def main(argv=None):
     run.say("\n" + table(run, results))
 
 
-if __name__ == "__main__":
+def command(argv=None):
+    """main with errors as one line on stderr; returns the exit status."""
     try:
-        main()
+        main(argv)
+        return 0
     except (UsageError, DataError, CheckpointError) as error:
         print(f"bam.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    except TrainingError as error:
+        print(f"bam.py: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nbam.py: stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(command())

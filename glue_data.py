@@ -12,7 +12,6 @@
 Dimension letters: N examples, T tokens, B sequences of a batch, K outputs (labels, or one for a score).
 """
 
-import hashlib
 import io
 import random
 import zipfile
@@ -30,9 +29,7 @@ class DataError(ValueError):
     """Bad input. The message names the file, the line where there is one, and what was expected."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# tasks
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------- tasks
 
 
 @dataclass(frozen=True)
@@ -112,9 +109,7 @@ def resolve(names):
     return tasks
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# reading
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------- reading
 
 
 def read_tsv(path, header=()):
@@ -142,16 +137,15 @@ def read_tsv(path, header=()):
     for number, line in enumerate(lines, start=1 if header else 2):
         fields = line.removesuffix("\r").split("\t")
         if len(fields) != len(columns):
-            raise DataError(
-                f"{path}, line {number}: {len(fields)} tab-separated fields; expected {len(columns)}: {', '.join(columns)}"
-            )
+            expected = f"expected {len(columns)}: {', '.join(columns)}"
+            raise DataError(f"{path}, line {number}: {len(fields)} tab-separated fields; {expected}")
         rows.append((number, fields))
     return columns, rows
 
 
 @dataclass(frozen=True)
 class Split:
-    """Examples as GLUE writes them. second is None for single-sentence tasks; labels is (N, K), None in a test split."""
+    """Examples as GLUE writes them; second is None for single-sentence tasks, labels (N, K) is None in a test split."""
 
     first: list[str]
     second: list[str] | None
@@ -193,9 +187,7 @@ def read_label(task, word, path, line):
     return [score / task.max_score]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# tokenizing
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------- tokenizing
 
 
 class Tokenizer:
@@ -292,7 +284,7 @@ def load_dataset(task, split, root, tokenizer, max_length, limit=None):
 
 
 def tokenize(first, second, tokenizer, max_length, chunk=8192):
-    """Sentences to one flat array of ids, and each example's length and segment start. Longer examples are truncated."""
+    """Sentences to one flat array of ids, each example's length, and where its segment 1 starts."""
     input_ids, lengths, segment_starts = array("i"), array("i"), array("i")
     for start in range(0, len(first), chunk):
         all_a = tokenizer(first[start : start + chunk])
@@ -310,9 +302,7 @@ def tokenize(first, second, tokenizer, max_length, chunk=8192):
     return tuple(np.array(values, np.int32) for values in (input_ids, lengths, segment_starts))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# mixing
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------------- mixing
 
 
 def mix(datasets):
@@ -358,9 +348,7 @@ def sample_schedule(sizes, num_steps, batch_size, exponent, seed):
     return schedule.reshape(num_steps, batch_size, 2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# batches
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------- batches
 
 
 @dataclass(frozen=True)
@@ -382,7 +370,7 @@ class Batch:
 
 def pack(dataset, rows):
     """The examples `rows` (B,) of a Dataset as a Batch."""
-    lengths = np.diff(dataset.offsets)[rows] if len(rows) > len(dataset) // 2 else dataset.offsets[rows + 1] - dataset.offsets[rows]
+    lengths = dataset.offsets[rows + 1] - dataset.offsets[rows]
     order = np.argsort(-lengths, kind="stable")
     rows, lengths = rows[order], lengths[order]
     cu_seqlens = np.concatenate(([0], np.cumsum(lengths)))
@@ -392,9 +380,7 @@ def pack(dataset, rows):
     return Batch(input_ids, segment_ids, position_ids, cu_seqlens.astype(np.int32), rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# metrics
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------- metrics
 
 
 def accuracy(true, predicted):
@@ -461,9 +447,7 @@ def mann_whitney_p(a, b):
     return 1.0 if variance == 0 else min(1.0, 2 * NormalDist().cdf(-(u - n * m / 2 - 0.5) / variance**0.5))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# submission
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------- submission
 
 
 def answers(task, logits):
@@ -479,7 +463,7 @@ def predictions_tsv(words):
 
 
 def write_submission(path, predictions):
-    """A zip that gluebenchmark.com accepts, of {name in the submission: answers}; the same bytes for the same answers."""
+    """A zip that gluebenchmark.com accepts, of {name in it: answers}; the same bytes for the same answers."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, words in predictions.items():

@@ -1,6 +1,6 @@
 """BERT with the heads of many tasks, over packed batches, and the public checkpoint formats. torch alone.
 
-    fused ops      pure functions, one kernel each where torch.compile is on    fused, linear_gelu, ...
+    fused ops      pure functions, fused where torch.compile is on               fused, linear_gelu, ...
     attention      inside each sequence of a packed batch                       AttentionPlan, attention
     encoder        BertConfig, BertLayer, MultiTaskBert
     checkpoints    model.safetensors, pytorch_model.bin, config.json            load_pretrained, save_pretrained
@@ -29,9 +29,7 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used. The message names the file, the tensor or key, and what was expected."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# fused ops
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------- fused ops
 
 COMPILE = False  # set by bam.py: on with CUDA, off on a CPU, where compiling costs time and gains none
 
@@ -71,9 +69,7 @@ def linear_dropout_add_norm(x, weight, bias, residual, norm_weight, norm_bias, p
     return F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# attention
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------- attention
 
 
 class AttentionPlan:
@@ -159,9 +155,7 @@ def attention(q, kv, plan, num_heads, p):
     return out[plan.cls_inverse] if only_cls else Reindex.apply(out, plan.unpad, plan.pad)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# encoder
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------- encoder
 
 
 @dataclass(frozen=True)
@@ -242,8 +236,8 @@ class BertLayer(nn.Module):
 
 
 class MultiTaskBert(nn.Module):
-    """The encoder, its pooler, and the heads of all tasks as the rows of one matrix: one product serves a batch of mixed
-    tasks, and the head of an absent task gets the zero gradient that it gets in the original.
+    """The encoder, its pooler, and the heads of all tasks as the rows of one matrix: one product serves a batch of
+    mixed tasks, and the head of an absent task gets the zero gradient that it gets in the original.
 
     num_outputs: {task: number of labels, or 1 for a score}; a task's logits are `columns[task]` of the K.
     """
@@ -265,13 +259,18 @@ class MultiTaskBert(nn.Module):
 
     @torch.no_grad()
     def initialize(self):
-        """BERT's truncated normal (at two standard deviations); Glorot-uniform heads, each by its own size; zero biases."""
+        """BERT's normal, truncated at two standard deviations; zero biases; the heads Glorot-uniform."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
             elif "norm" not in name:
                 std = self.config.initializer_range
                 nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
+        self.initialize_heads()
+
+    @torch.no_grad()
+    def initialize_heads(self):
+        self.head.bias.zero_()
         for columns in self.columns.values():
             nn.init.xavier_uniform_(self.head.weight[columns])
 
@@ -298,11 +297,10 @@ class MultiTaskBert(nn.Module):
         return self.head(dropout(pooled, self.config.hidden_dropout_prob if self.training else 0.0)).float()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------- checkpoints
 
-# Our name, and Hugging Face's for the same tensor; q, k and v are three tensors there. Layers are under encoder.layer.N.
+FILES = ("config.json", "vocab.txt", "model.safetensors", "pytorch_model.bin")  # a checkpoint's folder
+# Our names, and Hugging Face's for the same tensors, where q, k and v are three and layers stand under encoder.layer.N.
 QKV = tuple(f"attention.self.{part}" for part in ("query", "key", "value"))
 LAYER_NAMES = {
     "attention_out": "attention.output.dense",
@@ -321,7 +319,7 @@ NAMES = {
 
 
 def public_tensors(model):
-    """{public name: our tensor, or the part of it that stands under that name}. Views: writing to them loads the model."""
+    """{public name: our tensor, or the part of it that stands under that name}: views, so writing to them loads."""
     tensors = {}
     for name, tensor in model.state_dict().items():
         *module, kind = name.split(".")
@@ -339,34 +337,38 @@ def public_tensors(model):
     return tensors
 
 
-def load_pretrained(model, folder, heads=False):
-    """Load a folder's weights into the model; with heads=True (a folder of save_pretrained) its heads too.
+def load_pretrained(folder, num_outputs=None):
+    """The model of a folder: config.json and model.safetensors or pytorch_model.bin. Its heads are new ones for
+    num_outputs, or, without it (a folder of save_pretrained), those of the file.
 
     Takes Hugging Face's files with or without the `bert.` prefix, with gamma/beta or weight/bias. A tensor that is
     missing, left over in the encoder, or of another shape raises CheckpointError and is named.
     """
-    path, found = read_weights(Path(folder))
+    folder, new_heads = Path(folder), num_outputs is not None
+    config = BertConfig.from_file(folder / "config.json")
+    path, found = read_weights(folder)
+    if not new_heads:
+        heads = [name.split(".")[1] for name in found if name.startswith("heads.") and name.endswith(".weight")]
+        num_outputs = {task: len(found[f"heads.{task}.weight"]) for task in heads}
+        if not heads:
+            raise CheckpointError(f"{path}: no tensor 'heads.TASK.weight'; expected a model that bam.py has trained")
+    with torch.device("meta"):  # random weights of BERT-Large take ten seconds, and none of them would stay
+        model = MultiTaskBert(config, num_outputs)
+    model.to_empty(device="cpu")
     for name, tensor in public_tensors(model).items():
-        if name.startswith("heads.") and not heads:
+        if name.startswith("heads.") and new_heads:
             continue
         if name not in found:
             raise CheckpointError(f"{path}: no tensor {name!r}; expected one of shape {list(tensor.shape)}")
         if found[name].shape != tensor.shape:
-            shapes = f"{list(found[name].shape)}; expected {list(tensor.shape)} by config.json and vocab.txt"
+            shapes = f"{list(found[name].shape)}; expected {list(tensor.shape)} by config.json"
             raise CheckpointError(f"{path}: tensor {name!r} has shape {shapes}")
         tensor.copy_(found.pop(name))
     left = sorted(name for name in found if name.startswith("bert."))
     if left:
-        raise CheckpointError(f"{path}: tensor {left[0]!r} (and {len(left) - 1} more) has no place in this encoder")
-
-
-def load_saved(folder):
-    """The model that save_pretrained wrote, its heads as the file has them."""
-    _, found = read_weights(folder)
-    heads = [name.split(".") for name in found if name.startswith("heads.") and name.endswith(".weight")]
-    num_outputs = {task: len(found[f"heads.{task}.weight"]) for _, task, _ in heads}
-    model = MultiTaskBert(BertConfig.from_file(folder / "config.json"), num_outputs)
-    load_pretrained(model, folder, heads=True)
+        raise CheckpointError(f"{path}: tensor {left[0]!r} (one of {len(left)}) has no place in config.json's encoder")
+    if new_heads:
+        model.initialize_heads()
     return model
 
 
