@@ -17,6 +17,7 @@ starts as an imitation and ends above its teachers:
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -61,7 +62,7 @@ class Recipe:
 
 SINGLE = Recipe()
 MULTI = Recipe(learning_rate=1e-4, batch_size=128, epochs=6.0)
-DEMO = dict(learning_rate=1e-3, layer_decay=1.0)  # from random weights, where no layer is more general than another
+DEMO = dict(learning_rate=1e-3, layer_decay=1.0, max_length=64)  # random weights: no layer is more general yet
 
 
 @dataclass(frozen=True)
@@ -131,30 +132,31 @@ class Adam:
             return model.depth(item[0]), item[0].endswith("bias") or "norm" in item[0]
 
         named = sorted(model.named_parameters(), key=group)
-        size = sum(parameter.numel() for _, parameter in named)
-        device = named[0][1].device
-        self.recipe, self.last = recipe, max(group(item)[0] for item in named)
+        size, device = sum(parameter.numel() for _, parameter in named), named[0][1].device
+        self.recipe = recipe
         self.values, self.gradients, self.mean, self.square = (torch.zeros(size, device=device) for _ in range(4))
-        groups, end = {}, 0
-        for item in named:
-            start, end = end, end + item[1].numel()
-            shape = item[1].shape
-            self.values[start:end] = item[1].detach().flatten()
-            item[1].data = self.values[start:end].view(shape)
-            item[1].grad = self.gradients[start:end].view(shape)
-            groups[group(item)] = (groups.get(group(item), (start,))[0], end)
-        segments = []
-        for (depth, free), (start, end) in groups.items():
-            segment = self.values[start:end]
-            segment.grad = self.gradients[start:end]
-            decay = 0.0 if free else recipe.weight_decay
-            segments.append({"params": [segment], "weight_decay": decay, "layers_below_head": self.last - depth})
-        self.adam = torch.optim.AdamW(segments, lr=0.0, betas=(0.9, 0.999), eps=1e-6, fused=True)
-        for (start, end), entry in zip(groups.values(), segments, strict=True):
-            # A count so high that the bias correction 1 - β^count is 1: BERT's Adam has none.
-            state = {"step": torch.tensor(1e6, device=device)}
-            state |= {"exp_avg": self.mean[start:end], "exp_avg_sq": self.square[start:end]}
-            self.adam.state[entry["params"][0]] = state
+        self.adam = torch.optim.AdamW([self.values], lr=0.0, betas=(0.9, 0.999), eps=1e-6, fused=True)
+        self.adam.param_groups.clear()  # for the segments, added below
+        end = 0
+        for (depth, exempt), members in itertools.groupby(named, group):
+            start = end
+            for _, parameter in members:
+                place = slice(end, end := end + parameter.numel())
+                self.values[place] = parameter.detach().flatten()
+                parameter.data = self.values[place].view_as(parameter)
+                parameter.grad = self.gradients[place].view_as(parameter)
+            layers_below_head = model.config.num_hidden_layers + 2 - depth
+            self.add_segment(slice(start, end), layers_below_head, 0.0 if exempt else recipe.weight_decay)
+
+    def add_segment(self, place, layers_below_head, weight_decay):
+        """Parameters with one learning rate and one decay, as a single tensor."""
+        segment = self.values[place]
+        segment.grad = self.gradients[place]
+        group = {"params": [segment], "weight_decay": weight_decay, "layers_below_head": layers_below_head}
+        self.adam.add_param_group(group)
+        # A count so high that the bias correction 1 - β^count is 1: BERT's Adam has none.
+        count = torch.tensor(1e6, device=segment.device)
+        self.adam.state[segment] = {"step": count, "exp_avg": self.mean[place], "exp_avg_sq": self.square[place]}
 
     def step(self, step, num_steps):
         """Update, zero the gradients, and return their norm before clipping (a tensor)."""
@@ -252,7 +254,7 @@ def train(model, run, dataset, teacher_logits, recipe, seed, folder):
         norm = optimizer.step(step, num_steps)
         progress.step(step, loss.detach(), norm, gold_weight, tokens)
         if run.time_to_save():
-            run.write(lambda: optimizer.save(saved, step + 1))  # noqa: B023 (called at once)
+            run.write(optimizer.save, saved, step + 1)
             run.stop_if_asked()
     progress.close()
 
@@ -316,6 +318,7 @@ def predict(model, run, dataset, task, tokens_per_batch=8192):
     chunks = np.split(order, np.flatnonzero(np.diff(np.cumsum(lengths[order]) // tokens_per_batch)) + 1)
     outputs = torch.zeros(len(dataset), task.num_outputs, device=run.device)
     for rows in chunks[RANK::WORLD]:
+        run.stop_if_asked()
         logits, batch = logits_of(model, run, dataset, rows)
         outputs[run.to_device(batch.rows)] = logits[:, model.columns[task.name]]
     if WORLD > 1:
@@ -333,8 +336,7 @@ def evaluate(model, run, tasks, folder):
             logits = predict(model, run, dataset, task)
             scores[task.name][split] = glue_data.score(task, logits, dataset.labels)
             words = glue_data.answers(task, logits)
-            text = glue_data.predictions_tsv(words)
-            run.write(lambda: write_whole(folder / f"{task.name}.{split}.tsv", text))  # noqa: B023 (called at once)
+            run.write(write_whole, folder / f"{task.name}.{split}.tsv", glue_data.predictions_tsv(words))
             score = f"{task.metrics[0]} {scores[task.name][split][task.metrics[0]]:.1f}"
             collapsed = f", a collapsed run: every answer is {words[0]}" if len(set(words)) == 1 else ""
             run.say(f"{folder.relative_to(run.folder)}  {task.folder} {split} {score}{collapsed}")
@@ -359,7 +361,7 @@ def run_regime(run, name, trial):
 
 def train_stage(run, tasks, recipe, teachers, folder):
     """Train one model and leave its folder: weights, vocabulary, metrics, dev predictions, and, last, scores.json."""
-    run.write(lambda: folder.mkdir(parents=True, exist_ok=True))
+    run.write(folder.mkdir, parents=True, exist_ok=True)
     seed = stage_seed(run, folder)
     if run.exists(folder / "model.safetensors"):
         model = load_pretrained(folder).to(run.device)
@@ -371,11 +373,11 @@ def train_stage(run, tasks, recipe, teachers, folder):
             teacher_logits = side_by_side([teacher_outputs(run, task, teachers[task.name]) for task in tasks])
         dataset = mix([run.data[task.name]["train"] for task in tasks])
         train(model, run, dataset, teacher_logits, recipe, seed, folder)
-        run.write(lambda: shutil.copyfile(run.checkpoint / "vocab.txt", folder / "vocab.txt"))
-        run.write(lambda: save_pretrained(model, folder))
+        run.write(shutil.copyfile, run.checkpoint / "vocab.txt", folder / "vocab.txt")
+        run.write(save_pretrained, model, folder)
     scores = evaluate(model, run, tasks, folder)
-    run.write(lambda: write_whole(folder / "scores.json", json.dumps(scores, indent=2) + "\n"))
-    run.write(lambda: (folder / "training.safetensors").unlink(missing_ok=True))
+    run.write(write_whole, folder / "scores.json", to_json(scores))
+    run.write((folder / "training.safetensors").unlink, missing_ok=True)
 
 
 def stage_seed(run, folder):
@@ -389,7 +391,7 @@ def teacher_outputs(run, task, folder):
     path = folder / f"{task.name}.train-logits.npy"
     if not run.exists(path):
         logits = predict(load_pretrained(folder).to(run.device), run, run.data[task.name]["train"], task)
-        run.write(lambda: write_whole(path, logits))
+        run.write(write_whole, path, logits)
     logits = np.load(path)
     assert logits.shape == run.data[task.name]["train"].labels.shape, f"{path}: {logits.shape}: of other data?"
     return logits
@@ -410,7 +412,7 @@ def collect(run, names, trials):
                     for split, metrics in splits.items():
                         for metric, value in metrics.items():
                             row = results.setdefault(name, {}).setdefault(task, {}).setdefault(split, {})
-                            row.setdefault(metric, []).append(value)
+                            row.setdefault(metric, []).append(np.nan if value is None else value)
     return results
 
 
@@ -421,7 +423,7 @@ def columns_of_table(run, result):
 
 
 def table(run, results):
-    """The paper's table 2 with this run's rows; over several trials the median, the spread and p against Single."""
+    """The paper's table with this run's rows; over several trials the median, the spread and p against Single."""
     rows = [["Model", "Avg", *(task.folder for task in run.tasks)]]
     single = columns_of_table(run, results["single"]) if "single" in results else None
     for name, result in results.items():
@@ -430,7 +432,7 @@ def table(run, results):
         if len(columns[0]) > 1:
             rows.append(["  min to max", *(f"{min(column):.1f}–{max(column):.1f}" for column in columns)])
             if single and name != "single":
-                p_values = [glue_data.mann_whitney_p(column, other) for column, other in zip(columns, single, strict=True)]
+                p_values = map(glue_data.mann_whitney_p, columns, single)
                 rows.append(["  p against Single", *(f"{p:.3f}" for p in p_values)])
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
@@ -456,7 +458,7 @@ def submit(run, folders, folder):
                 predictions[name] = glue_data.answers(task, logits)
             else:
                 missing.append(name)
-    run.write(lambda: glue_data.write_submission(path, predictions))
+    run.write(glue_data.write_submission, path, predictions)
     incomplete = f"; not in it, so the leaderboard would refuse it: {', '.join(missing)}" if missing else ""
     run.say(f"{path}: {len(predictions)} of 11 files{incomplete}")
 
@@ -466,6 +468,11 @@ def submit(run, folders, folder):
 
 class UsageError(ValueError):
     """A command that cannot be carried out as given."""
+
+
+def to_json(value):
+    """Indented JSON; a metric that is undefined, as a correlation with a constant, is null there and NaN here."""
+    return json.dumps(value, indent=2).replace("NaN", "null") + "\n"
 
 
 def write_whole(path, content):
@@ -492,15 +499,16 @@ class Run:
         self.save_every, self.saved_at, self.stop_asked = args.save_minutes * 60, time.time(), False
         self.make_folder()
         self.log = open(self.folder / "log.txt", "a", encoding="utf-8") if RANK == 0 else None
+        self.device = device_of(args.device)
+        on_cuda = self.device.type == "cuda"
+        self.bfloat16 = on_cuda if args.precision == "auto" else args.precision == "bfloat16"
+        bert.COMPILE = on_cuda if args.compile is None else args.compile
         data, self.checkpoint = self.demo() if args.demo else (Path(args.data), checkpoint_folder(args.checkpoint))
         if not args.demo:
-            self.write(lambda: download(data, self.checkpoint, args.checkpoint))
-        self.device, self.bfloat16 = device_of(args.device), args.precision == "bfloat16"
-        if args.precision == "auto":
-            self.bfloat16 = self.device.type == "cuda"
-        bert.COMPILE = self.device.type == "cuda" if args.compile is None else args.compile
+            self.write(download, data, self.checkpoint, args.checkpoint)
         self.config = load_pretrained(self.checkpoint, {"": 1}).config  # a bad checkpoint is found before any work
         self.read(data, args.limit)
+        self.check_sizes()
         self.refuse_other(self.identity(data, args.limit))
 
     def make_folder(self):
@@ -514,40 +522,34 @@ class Run:
             ) from error
 
     def demo(self):
-        """Generated GLUE, its vocabulary and a tiny BERT of random weights."""
+        """Generated GLUE, its vocabulary and a tiny BERT of random weights: (data, checkpoint)."""
         data, checkpoint = self.folder / "demo" / "glue", self.folder / "demo" / "checkpoint"
-        if not (checkpoint / "model.safetensors").exists() and RANK == 0:
-            checkpoint.mkdir(parents=True, exist_ok=True)
-            vocab_size = glue_data.write_demo(data, checkpoint / "vocab.txt")
-            torch.manual_seed(0)
-            config = BertConfig(vocab_size, 64, 2, 4, 128, max_position_embeddings=64)
-            save_pretrained(MultiTaskBert(config, {"": 1}), checkpoint)
-        self.write(lambda: None)
+        if not self.exists(checkpoint / "model.safetensors"):
+            self.write(write_demo, data, checkpoint)
         return data, checkpoint
 
     def read(self, data, limit):
         """Read and tokenize every split, so that bad input is found before any work."""
-        tokenizer = glue_data.Tokenizer(self.checkpoint / "vocab.txt")
+        tokenizer, length = glue_data.Tokenizer(self.checkpoint / "vocab.txt"), self.single.max_length
         if tokenizer.size != self.config.vocab_size:
             found = f"{tokenizer.size} tokens; expected {self.config.vocab_size}, the rows of config.json's embedding"
             raise CheckpointError(f"{self.checkpoint / 'vocab.txt'}: {found}")
-        length = self.single.max_length
         if length > self.config.max_position_embeddings:
-            length = self.config.max_position_embeddings
-            raise UsageError(f"--max-length: the checkpoint has {length} positions")
+            raise UsageError(f"--max-length: the checkpoint has {self.config.max_position_embeddings} positions")
         self.say(f"reading {', '.join(task.folder for task in self.tasks)} from {data}")
-        self.data, tests = {}, 0
+        self.data = {}
         for task in self.tasks:
-            here = [name for name, file in task.test if (data / task.folder / file).exists()]
-            splits = ["train", *(split for split, _ in task.dev), *here]
+            tests = [split for split, file in task.test if (data / task.folder / file).exists()]
             self.data[task.name] = {
                 split: glue_data.load_dataset(task, split, data, tokenizer, length, limit if split == "train" else None)
-                for split in splits
+                for split in ("train", *dict(task.dev), *tests)
             }
         wnli = glue_data.TASKS["wnli"]
-        if (data / wnli.folder / "test.tsv").exists():
-            tests = len(glue_data.read_split(wnli, "WNLI", data).first)
-        self.wnli_test_rows = tests
+        present = (data / wnli.folder / wnli.files["WNLI"]).exists()
+        self.wnli_test_rows = len(glue_data.read_split(wnli, "WNLI", data).first) if present else 0
+
+    def check_sizes(self):
+        """Every model of the regimes gets at least one step."""
         for group, recipe in [*(([task], self.single) for task in self.tasks), (self.tasks, self.multi)]:
             rows = sum(len(self.data[task.name]["train"]) for task in group)
             if int(recipe.epochs * rows / recipe.batch_size) < 1:
@@ -557,7 +559,7 @@ class Run:
     def identity(self, data, limit):
         """All that decides the numbers, so that stages of different runs never mix."""
         files = [data / task.folder / file for task in self.tasks for file in task.files.values()]
-        files += [self.checkpoint / name for name in bert.FILES]
+        files += [self.checkpoint / name for name in ("config.json", "vocab.txt", *bert.WEIGHTS)]
         return {
             "tasks": [task.name for task in self.tasks],
             "seed": self.seed,
@@ -572,7 +574,7 @@ class Run:
         """Write config.json, or hold the one that is there against this command's."""
         path = self.folder / "config.json"
         if not self.exists(path):
-            self.write(lambda: write_whole(path, json.dumps(identity, indent=2) + "\n"))
+            self.write(write_whole, path, to_json(identity))
         before = json.loads(path.read_text("utf-8"))
         differences = [
             f"  {name}: {old!r} there, {new!r} here" for name, old, new in compare(before, identity) if old != new
@@ -590,10 +592,10 @@ class Run:
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16) if self.bfloat16 else contextlib.nullcontext()
 
-    def write(self, action):
+    def write(self, action, *args, **kwargs):
         """Let rank 0 act, and the others wait."""
         if RANK == 0:
-            action()
+            action(*args, **kwargs)
         if WORLD > 1:
             dist.barrier()
 
@@ -623,9 +625,22 @@ class Run:
             self.saved_at = time.time()
         return due
 
+    def ask_to_stop(self, signal_number, _):
+        """Stop at the next step, with everything saved; asked a second time, at once."""
+        self.stop_asked = True
+        signal.signal(signal_number, signal.SIG_DFL)
+
     def stop_if_asked(self):
         if self.stop_asked:
             raise KeyboardInterrupt
+
+
+def write_demo(data, checkpoint):
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    vocab_size = glue_data.write_demo(data, checkpoint / "vocab.txt")
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size, 64, 2, 4, 128, max_position_embeddings=64)
+    save_pretrained(MultiTaskBert(config, {"": 1}), checkpoint)
 
 
 def compare(old, new, prefix=""):
@@ -649,7 +664,10 @@ def file_digest(path):
 def device_of(name):
     if name == "auto":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device: {name!r} cannot be used ({str(error).splitlines()[0]})") from error
 
 
 def regimes_of(names, tasks):
@@ -669,9 +687,11 @@ def checkpoint_folder(name):
 
 
 def download(data, checkpoint, name):
-    """Run download_glue.sh, all the network code there is, for what is not there."""
-    wanted = [] if data.is_dir() else [["glue", str(data)]]
-    if not checkpoint.is_dir() or not any(checkpoint.iterdir()):
+    """Run download_glue.sh, all the network code there is, for what is not there, or was broken off."""
+    wanted = []
+    if not data.is_dir() or (data / ".download").exists():
+        wanted.append(["glue", str(data)])
+    if not Path(name).is_dir() and not any((checkpoint / file).exists() for file in bert.WEIGHTS):
         wanted.append(["checkpoint", name, str(checkpoint)])
     script = Path(__file__).with_name("download_glue.sh")
     for arguments in wanted:
@@ -687,13 +707,15 @@ def recipes(args):
         if given is not None:
             values = [read_setting(entry, text) for text in given.split(",")]
             if len(values) > 2:
-                raise UsageError(
-                    f"--{entry.name.replace('_', '-')}: {given!r}; expected one value, or two: single,multi"
-                )
+                raise UsageError(f"{flag_of(entry)}: {given!r}; expected one value, or two: single,multi")
             single, multi = replace(single, **{entry.name: values[0]}), replace(multi, **{entry.name: values[-1]})
     if single.max_length != multi.max_length:
         raise UsageError("--max-length: teachers and student read the same rows; expected one value")
     return single, multi
+
+
+def flag_of(entry):
+    return "--" + entry.name.replace("_", "-")
 
 
 LOWEST = {"batch_size": 1, "max_length": 8, "epochs": 1e-9}
@@ -701,7 +723,7 @@ HIGHEST = {"gold_weight": 1, "warmup": 1}
 
 
 def read_setting(entry, text):
-    name = "--" + entry.name.replace("_", "-")
+    name = flag_of(entry)
     if entry.name == "gold_weight" and text == "anneal":
         return None
     try:
@@ -742,7 +764,7 @@ def parse_args(argv):
         shown = [getattr(recipe, entry.name) for recipe in (SINGLE, MULTI)]
         default = ",".join(dict.fromkeys("anneal" if value is None else f"{value:g}" for value in shown))
         why = entry.metadata["why"].replace("%", "%%")
-        group.add_argument("--" + entry.name.replace("_", "-"), metavar="X", help=f"{why} (default {default})")
+        group.add_argument(flag_of(entry), metavar="X", help=f"{why} (default {default})")
     args = parser.parse_args(argv)
     if args.trials < 1 or (args.limit is not None and args.limit < 1):
         raise UsageError("--trials and --limit: expected at least 1")
@@ -758,14 +780,14 @@ def main(argv=None):
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     run = Run(args)
     for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda *_: setattr(run, "stop_asked", True))
+        signal.signal(name, run.ask_to_stop)
     for trial in range(1, args.trials + 1):
         for name in run.regimes:
             submit(run, run_regime(run, name, trial), run.folder / f"trial-{trial}" / name)
     ran = {*run.regimes, *(REGIMES[name].teacher for name in run.regimes)}
     results = collect(run, [name for name in REGIMES if name in ran], args.trials)
-    run.write(lambda: write_whole(run.folder / "results.json", json.dumps(results, indent=2) + "\n"))
-    run.write(lambda: write_whole(run.folder / "table.txt", table(run, results)))
+    run.write(write_whole, run.folder / "results.json", to_json(results))
+    run.write(write_whole, run.folder / "table.txt", table(run, results))
     run.say("\n" + table(run, results))
 
 
@@ -777,7 +799,7 @@ def command(argv=None):
     except (UsageError, DataError, CheckpointError) as error:
         print(f"bam.py: error: {error}", file=sys.stderr)
         return 2
-    except TrainingError as error:
+    except (TrainingError, OSError) as error:  # a diverged run, a full disk
         print(f"bam.py: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

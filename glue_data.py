@@ -334,8 +334,8 @@ def side_by_side(blocks):
 def sample_schedule(sizes, num_steps, batch_size, exponent, seed):
     """The examples of a whole run, (num_steps, batch_size, 2) int32 of (task, row), from one seed.
 
-    Each example's task is drawn with p ∝ size^exponent (the paper, section 3.1: 0.75 keeps the large tasks from
-    drowning the small). Its row is the next of the task's current pass, and each pass is a fresh permutation.
+    Each example's task is drawn with p ∝ size^exponent; the paper's 0.75 keeps the large tasks from drowning the small.
+    Its row is the next of the task's current pass, and each pass is a fresh permutation.
     """
     rng = np.random.default_rng(seed)
     weights = np.asarray(sizes, np.float64) ** exponent
@@ -427,8 +427,8 @@ def score(task, logits, labels):
 
 
 def mann_whitney_p(a, b):
-    """Two-sided p of the Mann-Whitney U test (the paper, section 4.1). Exact for small samples without ties, else the
-    normal approximation with tie and continuity corrections: the same choice as scipy.stats.mannwhitneyu."""
+    """Two-sided p of the Mann-Whitney U test, the paper's. Exact for small samples without ties, else the normal
+    approximation with tie and continuity corrections: the same choice as scipy.stats.mannwhitneyu."""
     n, m = len(a), len(b)
     values = np.concatenate([a, b])
     u = ranks(values)[:n].sum() - n * (n + 1) / 2

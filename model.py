@@ -299,7 +299,7 @@ class MultiTaskBert(nn.Module):
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
-FILES = ("config.json", "vocab.txt", "model.safetensors", "pytorch_model.bin")  # a checkpoint's folder
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that a folder has
 # Our names, and Hugging Face's for the same tensors, where q, k and v are three and layers stand under encoder.layer.N.
 QKV = tuple(f"attention.self.{part}" for part in ("query", "key", "value"))
 LAYER_NAMES = {
@@ -374,11 +374,11 @@ def load_pretrained(folder, num_outputs=None):
 
 def read_weights(folder):
     """(file, {public name with `bert.`: tensor}) of a checkpoint's folder."""
-    path = folder / "model.safetensors"
+    path = folder / WEIGHTS[0]
     if path.exists():
         tensors = read_safetensors(path)
     else:
-        path = folder / "pytorch_model.bin"
+        path = folder / WEIGHTS[1]
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True)  # never unpickles code
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
