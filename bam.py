@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import figure
 import glue_data
 import model as bert
 from glue_data import DataError, mix, pack, sample_schedule, side_by_side
@@ -62,7 +63,9 @@ class Recipe:
 
 SINGLE = Recipe()
 MULTI = Recipe(learning_rate=1e-4, batch_size=128, epochs=6.0)
-DEMO = dict(learning_rate=1e-3, layer_decay=1.0, max_length=64)  # random weights: no layer is more general yet
+# The demo starts from random weights, none more general than another, and has few rows: more and bolder steps.
+DEMO_SINGLE = dict(learning_rate=1e-3, layer_decay=1.0, max_length=64, batch_size=16, epochs=4.0)
+DEMO_MULTI = dict(learning_rate=1e-3, layer_decay=1.0, max_length=64, epochs=5.0)
 
 
 @dataclass(frozen=True)
@@ -346,13 +349,18 @@ def evaluate(model, run, tasks, folder):
 # ---------------------------------------------------------------------------------------------------------- born again
 
 
-def run_regime(run, name, trial):
-    """Train a row of the table, its teachers first, and return {task: folder of the model that has its head}."""
+def run_regime(run, name, trial, copy=1):
+    """Train a row of the table, its teachers first, and return {task: folder of the model that has its head}.
+
+    A teacher is a regime run first; of several teachers each is a copy of it with a seed of its own.
+    """
     regime = REGIMES[name]
-    teachers = run_regime(run, regime.teacher, trial) if regime.teacher else {}
+    copies = range(1, run.teachers + 1) if regime.teacher else ()
+    teachers = [run_regime(run, regime.teacher, trial, other) for other in copies]
+    top = run.folder / f"trial-{trial}" / (name if copy == 1 else f"{name}-{copy}")
     folders = {}
     for group in [run.tasks] if regime.multi else [[task] for task in run.tasks]:
-        folder = run.folder / f"trial-{trial}" / name / ("" if regime.multi else group[0].name)
+        folder = top / ("" if regime.multi else group[0].name)
         if not run.exists(folder / "scores.json"):
             train_stage(run, group, run.multi if regime.multi else run.single, teachers, folder)
         folders |= {task.name: folder for task in group}
@@ -368,16 +376,22 @@ def train_stage(run, tasks, recipe, teachers, folder):
     else:
         torch.manual_seed(seed)
         model = load_pretrained(run.checkpoint, {task.name: task.num_outputs for task in tasks}).to(run.device)
-        teacher_logits = None
-        if teachers:
-            teacher_logits = side_by_side([teacher_outputs(run, task, teachers[task.name]) for task in tasks])
+        teacher_logits = side_by_side([average_teacher(run, task, teachers) for task in tasks]) if teachers else None
         dataset = mix([run.data[task.name]["train"] for task in tasks])
         train(model, run, dataset, teacher_logits, recipe, seed, folder)
         run.write(shutil.copyfile, run.checkpoint / "vocab.txt", folder / "vocab.txt")
-        run.write(save_pretrained, model, folder)
+        run.write(save_pretrained, model, folder, heads={task.name: task.labels for task in tasks})
     scores = evaluate(model, run, tasks, folder)
     run.write(write_whole, folder / "scores.json", to_json(scores))
     run.write((folder / "training.safetensors").unlink, missing_ok=True)
+
+
+def average_teacher(run, task, teachers):
+    """Logits (N, outputs) whose softmax is the mean of the teachers' distributions; or the mean of their scores."""
+    logits = torch.tensor(np.stack([teacher_outputs(run, task, folders[task.name]) for folders in teachers]))
+    if task.is_regression or len(teachers) == 1:
+        return logits.mean(0).numpy()
+    return (logits.log_softmax(-1).logsumexp(0) - np.log(len(teachers))).numpy()
 
 
 def stage_seed(run, folder):
@@ -463,6 +477,57 @@ def submit(run, folders, folder):
     run.say(f"{path}: {len(predictions)} of 11 files{incomplete}")
 
 
+# ------------------------------------------------------------------------------------------- what a finished run is for
+
+
+def finished_models(args):
+    """{task: folder of its model} of a run directory: trial 1 of --regime or, without it, of the best row there."""
+    folders = {}
+    for name in [args.regime] if args.regime else REGIMES:  # from Single to BAM, so that the better one stays
+        for path in sorted(Path(args.out).glob(f"trial-1/{name}/**/scores.json")):
+            folders |= dict.fromkeys(json.loads(path.read_text("utf-8")), path.parent)
+    if not folders:
+        raise UsageError(f"{args.out}: no finished model there; expected the run directory of an earlier command")
+    return folders
+
+
+def predict_text(args):
+    """Print label and probability, or score, for each row of somebody's own text."""
+    (task,), folders = glue_data.resolve(args.task), finished_models(args)
+    if task.name not in folders:
+        raise UsageError(f"{args.out}: no model of {task.name}; there are {', '.join(folders)}")
+    folder, path = folders[task.name], args.predict or "--text"
+    if args.text is not None:
+        data = "\t".join(text for text in (args.text, args.text2) if text is not None).encode()
+    else:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    first, second = glue_data.read_sentences(task, data, path)
+    config = json.loads((Path(args.out) / "config.json").read_text("utf-8"))
+    labels = json.loads((folder / "config.json").read_text("utf-8"))["heads"][task.name]
+    tokenizer, zeros = glue_data.Tokenizer(folder / "vocab.txt"), np.zeros((len(first), 1), np.float32)
+    dataset = glue_data.make_dataset(task, first, second, zeros, zeros, tokenizer, config["single"]["max_length"])
+    device = Device(args)
+    logits = predict(load_pretrained(folder).to(device.device), device, dataset, task)
+    print("prediction\tprobability" if labels else "prediction")
+    answers = glue_data.answers(replace(task, labels=tuple(labels)), logits)
+    probabilities = torch.tensor(logits).softmax(-1).max(-1)
+    for word, p in zip(answers, probabilities.values, strict=True):
+        print(f"{word}\t{p:.4f}" if labels else word)
+
+
+def export(args):
+    """Write each task's model, and the encoder of several tasks, as folders that Hugging Face loads."""
+    for task, folder in finished_models(args).items():
+        model, config = load_pretrained(folder), json.loads((folder / "config.json").read_text("utf-8"))
+        first = task == next(iter(model.num_outputs))
+        for name, head in [(task, task)] + [("encoder", None)] * (first and len(model.num_outputs) > 1):
+            target = Path(args.export) / name
+            target.mkdir(parents=True, exist_ok=True)
+            bert.export(model, target, head, config["heads"][task])
+            glue_data.save_tokenizer(folder / "vocab.txt", target, config["max_position_embeddings"])
+            print(target)
+
+
 # --------------------------------------------------------------------------------------------------- the run directory
 
 
@@ -488,21 +553,48 @@ def write_whole(path, content):
     beside.replace(path)
 
 
-class Run:
-    """What every stage of a run shares: its folder, data, checkpoint, recipes and device."""
+class Device:
+    """Where and how precisely the model computes."""
 
     def __init__(self, args):
-        self.tasks, self.seed, self.folder = glue_data.resolve(args.task), args.seed, Path(args.out)
-        self.single, self.multi = recipes(args)
-        self.regimes = regimes_of(args.regime, self.tasks)
-        self.live = sys.stdout.isatty() and RANK == 0
-        self.save_every, self.saved_at, self.stop_asked = args.save_minutes * 60, time.time(), False
-        self.make_folder()
-        self.log = open(self.folder / "log.txt", "a", encoding="utf-8") if RANK == 0 else None
         self.device = device_of(args.device)
         on_cuda = self.device.type == "cuda"
         self.bfloat16 = on_cuda if args.precision == "auto" else args.precision == "bfloat16"
         bert.COMPILE = on_cuda if args.compile is None else args.compile
+        self.stop_asked = False
+
+    def to_device(self, array):
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bfloat16 else contextlib.nullcontext()
+
+    def ask_to_stop(self, signal_number, _):
+        """Stop at the next step, with everything saved; asked a second time, at once."""
+        self.stop_asked = True
+        signal.signal(signal_number, signal.SIG_DFL)
+
+    def stop_if_asked(self):
+        if self.stop_asked:
+            raise KeyboardInterrupt
+
+
+class Run(Device):
+    """What every stage of a run shares: its folder, data, checkpoint and recipes."""
+
+    def __init__(self, args):
+        super().__init__(args)
+        self.tasks, self.seed, self.folder = glue_data.resolve(args.task), args.seed, Path(args.out)
+        self.single, self.multi = recipes(args)
+        self.teachers = args.teachers
+        self.regimes = regimes_of(args.regime, self.tasks)
+        self.live = sys.stdout.isatty() and RANK == 0
+        self.save_every, self.saved_at = args.save_minutes * 60, time.time()
+        self.make_folder()
+        self.log = open(self.folder / "log.txt", "a", encoding="utf-8") if RANK == 0 else None
         data, self.checkpoint = self.demo() if args.demo else (Path(args.data), checkpoint_folder(args.checkpoint))
         if not args.demo:
             self.write(download, data, self.checkpoint, args.checkpoint)
@@ -563,6 +655,7 @@ class Run:
         return {
             "tasks": [task.name for task in self.tasks],
             "seed": self.seed,
+            "teachers": self.teachers,
             "limit": limit,
             "precision": "bfloat16" if self.bfloat16 else "float32",
             "single": asdict(self.single),
@@ -582,15 +675,6 @@ class Run:
         if differences:
             lines = "\n".join(differences)
             raise UsageError(f"{path}: this folder holds another run; name a new one with --out\n{lines}")
-
-    def to_device(self, array):
-        tensor = torch.from_numpy(array)
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
-
-    def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16) if self.bfloat16 else contextlib.nullcontext()
 
     def write(self, action, *args, **kwargs):
         """Let rank 0 act, and the others wait."""
@@ -625,22 +709,19 @@ class Run:
             self.saved_at = time.time()
         return due
 
-    def ask_to_stop(self, signal_number, _):
-        """Stop at the next step, with everything saved; asked a second time, at once."""
-        self.stop_asked = True
-        signal.signal(signal_number, signal.SIG_DFL)
-
-    def stop_if_asked(self):
-        if self.stop_asked:
-            raise KeyboardInterrupt
-
 
 def write_demo(data, checkpoint):
+    """A small GLUE, its vocabulary, and a tiny BERT of random weights. Pre-training would have taught it which words
+    are alike; in its place queries begin as keys, so that equal words attend to each other from the start."""
     checkpoint.mkdir(parents=True, exist_ok=True)
     vocab_size = glue_data.write_demo(data, checkpoint / "vocab.txt")
     torch.manual_seed(0)
-    config = BertConfig(vocab_size, 64, 2, 4, 128, max_position_embeddings=64)
-    save_pretrained(MultiTaskBert(config, {"": 1}), checkpoint)
+    model = MultiTaskBert(BertConfig(vocab_size, 64, 2, 4, 128, 64, 2, 0.0, 0.0, initializer_range=0.125), {"": 1})
+    for layer in model.layers:
+        layer.qkv.weight.data[:64] = layer.qkv.weight.data[64:128]
+    for table in (model.position_embeddings, model.segment_embeddings):
+        table.weight.data.mul_(0.5)
+    save_pretrained(model, checkpoint)
 
 
 def compare(old, new, prefix=""):
@@ -701,7 +782,9 @@ def download(data, checkpoint, name):
 
 def recipes(args):
     """SINGLE and MULTI with what the flags override: one value for both, or two with a comma between."""
-    single, multi = (replace(recipe, **(DEMO if args.demo else {})) for recipe in (SINGLE, MULTI))
+    single, multi = SINGLE, MULTI
+    if args.demo:
+        single, multi = replace(single, **DEMO_SINGLE), replace(multi, **DEMO_MULTI)
     for entry in fields(Recipe):
         given = getattr(args, entry.name)
         if given is not None:
@@ -747,6 +830,7 @@ def parse_args(argv):
         help=f"rows of the table, commas between, or all: {', '.join(REGIMES)} (default: the last, or single)",
     )
     add("--trials", type=int, default=1, help="repeat over seeds; report median, spread and Mann-Whitney p (default 1)")
+    add("--teachers", type=int, default=1, help="so many seeds of each teacher, their outputs averaged (default 1)")
     add("--seed", type=int, default=0, help="trial 1's; every stage of every trial derives its own (default 0)")
     add("--data", default="glue_data", help="the GLUE folder; downloaded if it is not there (default %(default)s)")
     add(
@@ -759,6 +843,11 @@ def parse_args(argv):
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 autocast on CUDA")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the fused ops (default: on CUDA)")
     add("--save-minutes", type=float, default=5, help="between two checkpoints inside a stage (default 5)")
+    finished = parser.add_argument_group("with a finished run", "--out names it, and --task the head")
+    finished.add_argument("--predict", metavar="FILE", help="label a TSV of one's own, - for standard input")
+    finished.add_argument("--text", help="label one text, or with --text2 one pair")
+    finished.add_argument("--text2")
+    finished.add_argument("--export", metavar="FOLDER", help="write the encoder and each task's model for Hugging Face")
     group = parser.add_argument_group("recipe", "one value for both, or single,multi")
     for entry in fields(Recipe):
         shown = [getattr(recipe, entry.name) for recipe in (SINGLE, MULTI)]
@@ -766,14 +855,18 @@ def parse_args(argv):
         why = entry.metadata["why"].replace("%", "%%")
         group.add_argument(flag_of(entry), metavar="X", help=f"{why} (default {default})")
     args = parser.parse_args(argv)
-    if args.trials < 1 or (args.limit is not None and args.limit < 1):
-        raise UsageError("--trials and --limit: expected at least 1")
+    if min(args.trials, args.teachers, 1 if args.limit is None else args.limit) < 1:
+        raise UsageError("--trials, --teachers and --limit: expected at least 1")
     args.out = args.out or f"runs/{'demo' if args.demo else args.task.replace(',', '-')}"
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.export:
+        return export(args)
+    if args.predict or args.text is not None:
+        return predict_text(args)
     if WORLD > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -788,6 +881,7 @@ def main(argv=None):
     results = collect(run, [name for name in REGIMES if name in ran], args.trials)
     run.write(write_whole, run.folder / "results.json", to_json(results))
     run.write(write_whole, run.folder / "table.txt", table(run, results))
+    run.write(figure.draw, run.folder)
     run.say("\n" + table(run, results))
 
 

@@ -13,7 +13,9 @@ Dimension letters: N examples, T tokens, B sequences of a batch, K outputs (labe
 """
 
 import io
+import json
 import random
+import shutil
 import zipfile
 from array import array
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from statistics import NormalDist
 
 import numpy as np
 import tokenizers
-from tokenizers import models, normalizers, pre_tokenizers, trainers
+from tokenizers import models, normalizers, pre_tokenizers, processors
 
 
 class DataError(ValueError):
@@ -113,15 +115,19 @@ def resolve(names):
 
 
 def read_tsv(path, header=()):
-    """A TSV file to (column names, rows), each row with its line number: (line, [field, ...]).
+    """A TSV file to (column names, rows), each row with its line number: (line, [field, ...])."""
+    try:
+        return parse_tsv(path.read_bytes(), path, header)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); expected a file of GLUE") from error
+
+
+def parse_tsv(data, path, header=()):
+    """read_tsv of bytes; path is for messages.
 
     No quoting: in GLUE a double quote is a character. A byte-order mark and CR LF are taken off, nothing else is: edge
     fields may be empty. A line without exactly one field a column raises, and so do blank lines and invalid UTF-8.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); expected a file of GLUE") from error
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -141,6 +147,18 @@ def read_tsv(path, header=()):
             raise DataError(f"{path}, line {number}: {len(fields)} tab-separated fields; {expected}")
         rows.append((number, fields))
     return columns, rows
+
+
+def read_sentences(task, data, path):
+    """Somebody's own text, bytes: a row a line, the task's sentences with a tab between; or a file with a header, as
+    GLUE's, whose columns are taken by name. Returns (first, second or None)."""
+    columns, rows = parse_tsv(data, path, () if set(task.text) <= set(header_of(data)) else task.text)
+    texts = [[fields[columns.index(name)] for _, fields in rows] for name in task.text]
+    return texts[0], texts[1] if len(texts) == 2 else None
+
+
+def header_of(data):
+    return data.split(b"\n", 1)[0].decode("utf-8-sig", "replace").removesuffix("\r").split("\t")
 
 
 @dataclass(frozen=True)
@@ -215,6 +233,27 @@ class Tokenizer:
         return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
+def save_tokenizer(vocab_file, folder, max_length):
+    """Write vocab.txt and the files from which Hugging Face's AutoTokenizer makes this tokenizer."""
+    tokenizer = Tokenizer(vocab_file)
+    tokens = {
+        name: f"[{name[:-6].upper()}]" for name in ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    }
+    vocab = tokenizer.backend.get_vocab()
+    tokenizer.backend.add_special_tokens([token for token in tokens.values() if token in vocab])
+    pair = "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1"
+    special = [(token, vocab[token]) for token in ("[CLS]", "[SEP]")]
+    tokenizer.backend.post_processor = processors.TemplateProcessing(
+        single=pair[:23], pair=pair, special_tokens=special
+    )
+    tokenizer.backend.save(str(folder / "tokenizer.json"))
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": inputs}
+    settings |= {"model_max_length": max_length, **tokens}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+    shutil.copyfile(vocab_file, folder / "vocab.txt")
+
+
 def read_vocab(path):
     """vocab.txt, a token a line, to {token: id}. Raises DataError on duplicates or a missing special token."""
     try:
@@ -278,6 +317,11 @@ def load_dataset(task, split, root, tokenizer, max_length, limit=None):
     if task.symmetric and split == "train":
         first, second = first + second, second + first
         labels, lines = np.tile(labels, (2, 1)), np.tile(lines, 2)
+    return make_dataset(task, first, second, labels, lines, tokenizer, max_length)
+
+
+def make_dataset(task, first, second, labels, lines, tokenizer, max_length):
+    """Sentences (second may be None), labels (N, K) and line numbers to a Dataset of one task."""
     input_ids, lengths, segment_starts = tokenize(first, second, tokenizer, max_length)
     offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
     return Dataset((task,), input_ids, offsets, segment_starts, np.zeros(len(first), np.int32), labels, lines)
@@ -469,3 +513,185 @@ def write_submission(path, predictions):
         for name, words in predictions.items():
             archive.writestr(zipfile.ZipInfo(f"{name}.tsv"), predictions_tsv(words), zipfile.ZIP_DEFLATED)
     path.write_bytes(buffer.getvalue())
+
+
+# ---------------------------------------------------------------------------------------------------------------- demo
+
+# A sentence is a meaning, {slot: concept}, said in one of several ways. A concept is its synonyms, the second one rare;
+# neighbours among the tastes are opposites. All eight tasks are drawn from the same meanings, so that what one task
+# teaches (that a cook is a chef) serves the others, as in GLUE.
+WORDS = {
+    "person": "cook/chef kid/youngster robber/burglar sailor/mariner author/writer lawyer/attorney",
+    "verb": "mend/repair want/demand select/pick lift/hoist film/record inspect/review",
+    "taste": "superb/great awful/terrible lovely/charming ugly/hideous",
+    "thing": "car/auto boat/ship couch/sofa bench/seat coat/jacket hat/cap",
+    "place": " ".join(
+        start + end for start in ("nor", "wes", "green", "red", "oak") for end in ("ton", "field", "wood")
+    ),
+}
+CONCEPTS = {slot: [concept.split("/") for concept in words.split()] for slot, words in WORDS.items()}
+KINDS = ("vehicle", "vehicle", "furniture", "furniture", "garment", "garment")  # of the things above, in their order
+KNOWN_PLACES, OTHER_PLACES = range(12), range(12, 15)  # the others stand in the mismatched sets alone
+ASKED = {"who": "person", "what": "thing", "where": "place"}
+DEMO_ROWS = {"cola": 1500, "sst2": 2000, "mrpc": 800, "stsb": 800, "qqp": 4000, "mnli": 5000, "qnli": 3000, "rte": 300}
+DEMO_DEV_ROWS, DEMO_TEST_ROWS, DEMO_NOISE = 400, 100, 0.05  # noise: wrong labels, so that nothing scores 100
+
+
+def meaning(rng, places, negated=0.0):
+    """A random clause: who will do what to which thing, and perhaps where."""
+    clause = {slot: rng.randrange(len(concepts)) for slot, concepts in CONCEPTS.items()}
+    clause["place"] = rng.choice(places)
+    clause |= {slot: None for slot in ("taste", "place") if rng.random() < 0.5}
+    return clause | {"not": rng.random() < negated, "vague": False}
+
+
+def word(clause, rng, slot):
+    synonyms = CONCEPTS[slot][clause[slot]]
+    return rng.choices(synonyms, (6, 1)[: len(synonyms)])[0]
+
+
+def say(clause, rng, asked=None):
+    """A clause in words, active or passive; or the question for its 'who', 'what' or 'where'."""
+    thing = ["the", word(clause, rng, "thing")]
+    if clause["vague"]:
+        thing[1] = KINDS[clause["thing"]]
+    if clause["taste"] is not None:
+        thing.insert(1, word(clause, rng, "taste"))
+    person, verb = ["the", word(clause, rng, "person")], word(clause, rng, "verb")
+    will = ["will", "not"] if clause["not"] else ["will"]
+    place = [] if clause["place"] is None or asked == "where" else ["in", word(clause, rng, "place")]
+    if asked:
+        words = [asked, *will, *(person if asked != "who" else []), verb, *(thing if asked != "what" else [])]
+    elif rng.random() < 0.2:
+        words = [*thing, *will, "be", verb + "ed", "by", *person]
+    else:
+        words = [*person, *will, verb, *thing]
+    return " ".join([*words, *place, "?" if asked else "."])
+
+
+def change(clause, rng, count, among=tuple(CONCEPTS)):
+    """The same but for some of the slots that are filled, each of which gets another concept."""
+    clause, filled = dict(clause), [slot for slot in among if clause[slot] is not None]
+    for slot in rng.sample(filled, min(count, len(filled))):
+        others = KNOWN_PLACES if slot == "place" else range(len(CONCEPTS[slot]))
+        clause[slot] = rng.choice([concept for concept in others if concept != clause[slot]])
+    return clause
+
+
+def demo_cola(rng, places):
+    """A sentence, or one with two neighbouring words exchanged."""
+    words, good = say(meaning(rng, places), rng).split(), rng.random() < 0.6
+    place = rng.randrange(1, len(words) - 2)
+    if not good:
+        words[place], words[place + 1] = words[place + 1], words[place]
+    return str(int(good)), " ".join(words)
+
+
+def demo_sst2(rng, places):
+    """One or two judgements; the last one counts, and 'not' turns it round."""
+    clauses = []
+    for _ in range(rng.choice((1, 1, 2))):
+        clause = meaning(rng, places, negated=0.3) | {"taste": rng.randrange(4)}
+        negation = ["not"] * clause["not"]
+        clauses.append(" ".join(["the", word(clause, rng, "thing"), "is", *negation, word(clause, rng, "taste")]))
+    return str(int((clause["taste"] % 2 == 0) != clause["not"])), " but ".join(clauses) + " ."
+
+
+def demo_paraphrase(rng, places):
+    """MRPC: the same said otherwise, or with one to three slots changed."""
+    clause, same = meaning(rng, places), rng.random() < 0.6
+    other = clause if same else change(clause, rng, rng.randint(1, 3))
+    return str(int(same)), say(clause, rng), say(other, rng)
+
+
+def demo_qqp(rng, places):
+    """The same of questions."""
+    clause, same, asked = meaning(rng, places), rng.random() < 0.4, rng.choice(list(ASKED))
+    other = (
+        clause if same else change(clause, rng, rng.randint(1, 3), [slot for slot in CONCEPTS if slot != ASKED[asked]])
+    )
+    return str(int(same)), say(clause, rng, asked), say(other, rng, asked)
+
+
+def demo_stsb(rng, places):
+    """Five points, less a share for each slot that differs, as several people's judgements would scatter."""
+    clause, changed = meaning(rng, places), rng.randrange(4)
+    filled = sum(clause[slot] is not None for slot in CONCEPTS)
+    score = 5 * (1 - changed / filled) + rng.gauss(0, 0.3)
+    return f"{min(max(score, 0), 5):.3f}", say(clause, rng), say(change(clause, rng, changed), rng)
+
+
+def demo_mnli(rng, places):
+    """Entailed: something left out or vaguer; contradicted: negated; neutral: something else."""
+    clause, label = meaning(rng, places, negated=0.1), rng.choice(TASKS["mnli"].labels)
+    other = dict(clause)
+    if label == "entailment":
+        other |= {slot: None for slot in ("taste", "place") if rng.random() < 0.3}
+        other["vague"] = rng.random() < 0.2
+    elif label == "contradiction":
+        other["not"] = not clause["not"]
+    else:
+        other = change(clause, rng, rng.randint(1, 3), ("person", "verb", "thing", "place"))
+    return label, say(clause, rng), say(other, rng)
+
+
+def demo_rte(rng, places):
+    """MNLI's, contradictions and neutral pairs as one class; with so few rows that MNLI's have to help."""
+    label, first, second = demo_mnli(rng, places)
+    return ENTAILMENT[label != "entailment"], first, second
+
+
+def demo_qnli(rng, places):
+    """A question, and a sentence that answers it or speaks of something else."""
+    clause, good, asked = meaning(rng, places), rng.random() < 0.5, rng.choice(list(ASKED))
+    clause["place"] = rng.choice(places)
+    slots = [slot for slot in ("person", "verb", "thing") if slot != ASKED[asked]]
+    other = clause if good else change(clause, rng, rng.randint(1, 3), slots)
+    return ENTAILMENT[not good], say(clause, rng, asked), say(other, rng)
+
+
+MAKERS = {"cola": demo_cola, "sst2": demo_sst2, "mrpc": demo_paraphrase, "stsb": demo_stsb, "qqp": demo_qqp,
+          "mnli": demo_mnli, "qnli": demo_qnli, "rte": demo_rte}  # fmt: skip
+
+
+def demo_file(rng, task, split):
+    """The text of one file, in the official layout but for columns that nobody reads."""
+    test = split in dict(task.test)
+    size = DEMO_ROWS[task.name] if split == "train" else DEMO_TEST_ROWS if test else DEMO_DEV_ROWS
+    places = OTHER_PLACES if split in ("dev_mismatched", "MNLI-mm") else KNOWN_PLACES
+    columns = ("index", *task.text) if test else task.header or ("index", *task.text, task.label)
+    lines = [] if task.header and not test else ["\t".join(columns)]
+    for index in range(size):
+        label, *sentences = MAKERS[task.name](rng, places)
+        if task.labels and rng.random() < DEMO_NOISE:
+            label = rng.choice([other for other in task.labels if other != label])
+        fields = {"index": str(index), task.label: label, **dict(zip(task.text, sentences, strict=True))}
+        lines.append("\t".join(fields.get(column, "") for column in columns))
+    return "\n".join(lines) + "\n"
+
+
+def write_demo(root, vocab_file, seed=0):
+    """Write a small GLUE of generated English under `root`, and its vocabulary; returns the vocabulary's size."""
+    rng, beside = random.Random(seed), root.with_name(root.name + ".part")
+    for task in [TASKS[name] for name in EIGHT]:
+        for split, file in task.files.items():
+            path = (beside / task.folder / file).resolve()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(demo_file(rng, task, split), "utf-8")
+    (beside / "WNLI").mkdir(exist_ok=True)
+    (beside / "WNLI" / "test.tsv").write_text("index\tsentence1\tsentence2\n0\tThe cook is old.\tIt is old.\n", "utf-8")
+    beside.replace(root)  # whole or not at all
+    return write_demo_vocab(root, vocab_file)
+
+
+def write_demo_vocab(root, vocab_file):
+    """A WordPiece vocabulary of the demo's words and letters; places are made of two pieces, so that new ones can be
+    read. Sorted by hand: `tokenizers`' trainer gives other ids each time."""
+    text = " ".join(path.read_text("utf-8") for path in sorted(root.glob("*/train.tsv"))).lower()
+    words = {piece for piece, _ in pre_tokenizers.BertPreTokenizer().pre_tokenize_str(text) if piece.isalpha()}
+    places = {place for (place,) in CONCEPTS["place"]}
+    pieces = {"nor", "wes", "green", "red", "oak", "##ton", "##field", "##wood"}
+    letters = {letter for letter in text if letter.isalpha()}
+    known = sorted(words - places | pieces | letters | {"##" + letter for letter in letters} | {".", "?"})
+    vocab_file.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *known]) + "\n", "utf-8")
+    return len(known) + 5

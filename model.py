@@ -422,10 +422,10 @@ def read_safetensors(path):
     return tensors
 
 
-def write_safetensors(path, tensors):
+def write_safetensors(path, tensors, metadata=None):
     """Write {name: tensor}, read_safetensors' inverse; the file appears whole or not at all."""
     names = {dtype: name for name, dtype in DTYPES.items()}
-    header, end = {}, 0
+    header, end = {"__metadata__": metadata} if metadata else {}, 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
@@ -441,8 +441,29 @@ def write_safetensors(path, tensors):
     beside.replace(path)
 
 
-def save_pretrained(model, folder):
-    """Write config.json and model.safetensors under public names, heads included: load_pretrained's inverse."""
-    config = {"model_type": "bert", "hidden_act": "gelu", **asdict(model.config)}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+def save_pretrained(model, folder, **more):
+    """Write config.json and model.safetensors under public names, heads included: load_pretrained's inverse. `more`
+    goes into config.json."""
+    write_config(model, folder, **more)
     write_safetensors(folder / "model.safetensors", public_tensors(model))
+
+
+def write_config(model, folder, **more):
+    config = {"model_type": "bert", "hidden_act": "gelu", **asdict(model.config), **more}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
+def export(model, folder, task=None, labels=()):
+    """Write what Hugging Face's AutoModel loads or, with a task, AutoModelForSequenceClassification, whose logits are
+    this model's; labels are the task's words, none for a score."""
+    tensors = {name: tensor for name, tensor in public_tensors(model).items() if name.startswith("bert.")}
+    if task is None:
+        write_config(model, folder, architectures=["BertModel"])
+    else:
+        tensors |= {f"classifier.{kind}": getattr(model.head, kind)[model.columns[task]] for kind in ("weight", "bias")}
+        names = dict(enumerate(labels or ["score"]))
+        kind = "single_label_classification" if labels else "regression"
+        label2id = {name: index for index, name in names.items()}
+        shape = {"id2label": names, "label2id": label2id, "problem_type": kind}
+        write_config(model, folder, architectures=["BertForSequenceClassification"], **shape)
+    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})

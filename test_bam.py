@@ -26,6 +26,7 @@ import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -33,9 +34,10 @@ import torch
 from torch import nn
 
 import bam
+import figure
 import glue_data
 import model as bert
-from bam import MULTI, SINGLE, Recipe, annealing_weight, distillation_loss, learning_rate
+from bam import Recipe, annealing_weight, distillation_loss, learning_rate
 from glue_data import TASKS, DataError, Tokenizer, load_dataset, mix, pack, read_split, sample_schedule
 from model import AttentionPlan, BertConfig, CheckpointError, MultiTaskBert, load_pretrained, save_pretrained
 
@@ -1174,6 +1176,7 @@ def test_a_run_leaves_what_people_need(quick):
     for row in table.splitlines()[2:4]:
         average, *scores = map(float, row.split()[1:])
         assert average == pytest.approx(np.mean(scores), abs=0.11)
+    assert "Single→Multi" in (out / "figure.svg").read_text()
     assert "step" in (out / "log.txt").read_text() and json.loads((out / "config.json").read_text())["seed"] == 0
 
 
@@ -1280,7 +1283,7 @@ def test_two_processes_train_as_one(tmp_path):
 def test_regimes_trials_and_constant_weights(tmp_path):
     """All five rows over two trials: medians, spread and p against Single; λ constant where it is asked for."""
     arguments = ["--demo", "--task", "rte,cola", "--limit", "60", "--epochs", "1", "--regime", "all", "--trials", "2"]
-    arguments += ["--batch-size", "16"]
+    arguments += ["--batch-size", "16", "--teachers", "2"]
     result = run_bam(*arguments, "--gold-weight", "0.5", "--out", tmp_path / "run")
     assert result.returncode == 0, result.stderr
     rows = [re.split(r"  +", line.strip()) for line in (tmp_path / "run" / "table.txt").read_text().splitlines()]
@@ -1292,8 +1295,21 @@ def test_regimes_trials_and_constant_weights(tmp_path):
     assert len(values) == 2 and f"{np.median(values):.1f}" in next(row for row in rows if row[0] == "Multi→Multi")
     lines = (tmp_path / "run" / "trial-2" / "single-single" / "rte" / "metrics.jsonl").read_text().splitlines()
     assert {json.loads(line)["gold_weight"] for line in lines} == {0.5}
-    seeds = {(tmp_path / "run" / f"trial-{trial}" / "single" / "rte" / "metrics.jsonl").read_text() for trial in (1, 2)}
-    assert len(seeds) == 2
+    metrics = {path.read_text() for path in (tmp_path / "run").glob("trial-*/single*/rte/metrics.jsonl")}
+    assert len(metrics) == 6, "two trials of Single, of its second copy, and of Single→Single: six different seeds"
+
+
+def test_several_teachers_are_averaged(monkeypatch):
+    """Classes by their probabilities, scores as they are; a single teacher's logits pass unchanged."""
+    outputs = {"a": np.array([[2.0, 0, 1]], np.float32), "b": np.array([[-1.0, 3, 0]], np.float32)}
+    monkeypatch.setattr(bam, "teacher_outputs", lambda run, task, folder: outputs[folder])
+    average = bam.average_teacher(None, TASKS["mnli"], [{"mnli": "a"}, {"mnli": "b"}])
+    softmax = lambda x: np.exp(x) / np.exp(x).sum()  # noqa: E731
+    np.testing.assert_allclose(softmax(average), (softmax(outputs["a"]) + softmax(outputs["b"])) / 2, rtol=1e-5)
+    assert np.array_equal(bam.average_teacher(None, TASKS["mnli"], [{"mnli": "a"}]), outputs["a"])
+    scores = {"a": np.array([[0.2]], np.float32), "b": np.array([[0.6]], np.float32)}
+    monkeypatch.setattr(bam, "teacher_outputs", lambda run, task, folder: scores[folder])
+    assert bam.average_teacher(None, TASKS["stsb"], [{"stsb": "a"}, {"stsb": "b"}])[0, 0] == pytest.approx(0.4)
 
 
 @pytest.fixture
@@ -1369,6 +1385,244 @@ def test_help_gives_every_setting_with_its_default_and_reason():
     text = " ".join(result.stdout.split())
     assert "harder mixtures (default 5e-05,0.0001)" in text and "(default anneal)" in text
     assert all("--" + name.replace("_", "-") in text for name in Recipe.__dataclass_fields__)
+
+
+# ------------------------------------------------------------------------------------------- what a finished run is for
+
+
+def test_predict_ones_own_text(quick, tmp_path):
+    """A file, with or without a header, standard input, and one pair: the same label words and probabilities."""
+    out, _ = quick
+    header, *rows = (out / "demo/glue/RTE/test.tsv").read_text().splitlines()
+    (tmp_path / "with.tsv").write_text("\n".join([header, *rows[:5]]))
+    (tmp_path / "without.tsv").write_text("".join(row.split("\t", 1)[1] + "\n" for row in rows[:5]))
+    ask = lambda *arguments: run_bam("--out", out, "--task", "rte", *arguments).stdout  # noqa: E731
+    answers = ask("--predict", tmp_path / "with.tsv")
+    assert answers == ask("--predict", tmp_path / "without.tsv")
+    first, second = rows[0].split("\t")[1:]
+    lines = answers.splitlines()
+    assert lines[0] == "prediction\tprobability" and lines[:2] == ask("--text", first, "--text2", second).splitlines()
+    with zipfile.ZipFile(out / "trial-1" / "single-multi" / "submission.zip") as archive:
+        submitted = archive.read("RTE.tsv").decode().splitlines()[1:6]
+    assert [line.split("\t")[0] for line in lines[1:]] == [line.split("\t")[1] for line in submitted]
+    assert all(0.5 <= float(line.split("\t")[1]) <= 1 for line in lines[1:])
+
+
+def test_predict_refuses(quick, tmp_path):
+    out, _ = quick
+    (tmp_path / "bad.tsv").write_text("one\ttwo\none\n")
+    for arguments, message in [
+        (("--out", out, "--task", "cola", "--text", "x"), "no model of cola; there are rte, stsb, mnli"),
+        (("--out", out, "--task", "rte", "--predict", tmp_path / "bad.tsv"), "bad.tsv, line 2: 1 tab-separated fields"),
+        (("--out", out, "--task", "rte", "--predict", tmp_path / "none.tsv"), "none.tsv"),
+        (("--out", tmp_path, "--task", "rte", "--text", "x"), "no finished model there"),
+    ]:
+        result = run_bam(*arguments)
+        assert result.returncode and message in result.stderr and "Traceback" not in result.stderr, result
+
+
+def test_exported_models_are_hugging_faces(quick, tmp_path):
+    """AutoModelForSequenceClassification and AutoTokenizer alone give this model's tokens and logits, within 1e-5."""
+    transformers = pytest.importorskip("transformers")
+    out, _ = quick
+    assert run_bam("--out", out, "--export", tmp_path).returncode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder", "mnli", "rte", "stsb"]
+    folder = out / "trial-1" / "single-multi"
+    model, tokenizer = load_pretrained(folder).eval(), Tokenizer(folder / "vocab.txt")
+    encoder = transformers.AutoModel.from_pretrained(tmp_path / "encoder").eval()
+    for name in ("rte", "stsb", "mnli"):
+        data = load_dataset(TASKS[name], "dev", out / "demo" / "glue", tokenizer, 64)
+        sentences = read_split(TASKS[name], "dev", out / "demo" / "glue")
+        theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / name).eval()
+        words = tuple(theirs.config.id2label.values())
+        assert words == (TASKS[name].labels or ("score",))
+        auto = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
+        inputs = auto(sentences.first[:20], sentences.second[:20], padding=True, return_tensors="pt")
+        batch = pack(data, np.arange(20))
+        tokens = [torch.tensor(array) for array in (batch.input_ids, batch.segment_ids, batch.position_ids)]
+        logits = model(*tokens, AttentionPlan(batch.cu_seqlens))[np.argsort(batch.rows), model.columns[name]]
+        assert inputs["input_ids"][0, : data.offsets[1]].tolist() == data.input_ids[: data.offsets[1]].tolist()
+        torch.testing.assert_close(theirs(**inputs).logits, logits, atol=1e-5, rtol=0)
+    pooled = encoder(**inputs).pooler_output
+    ours = torch.tanh(model.pooler(model.encode(*tokens, AttentionPlan(batch.cu_seqlens))[-1]))[np.argsort(batch.rows)]
+    torch.testing.assert_close(pooled, ours, atol=1e-5, rtol=0)
+
+
+# -------------------------------------------------------------------------------------------------------------- figure
+
+ALL, SVG = tuple(bam.REGIMES), "{http://www.w3.org/2000/svg}"
+
+
+def write_stage(folder, steps=81, task_scores=None, gold_weight=1.0):
+    """A stage as bam.py leaves it, of a training of 81 steps; task_scores: {task: percent}, None while unfinished."""
+    folder.mkdir(parents=True)
+    entries = []
+    for step in sorted({*range(0, steps, 20), steps - 1} if steps == 81 else range(0, steps, 20)):
+        rate = bam.learning_rate(step, 81, bam.SINGLE)
+        entries.append({"step": step, "loss": 1 / (1 + step), "learning_rate": rate, "gold_weight": gold_weight})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    if task_scores is not None:
+        scores = {task: {"dev": {glue_data.TASKS[task].metrics[0]: value}} for task, value in task_scores.items()}
+        (folder / "scores.json").write_text(json.dumps(scores))
+
+
+def write_run(folder, tasks=("rte",), regimes=("single",), trials=1, value=lambda trial, place: 80 + trial + place):
+    folder.mkdir(parents=True, exist_ok=True)
+    recipes = {"single": {"learning_rate": 5e-5, "warmup": 0.1}, "multi": {"learning_rate": 5e-5, "warmup": 0.1}}
+    (folder / "config.json").write_text(json.dumps({"tasks": list(tasks), "seed": 0, **recipes}))
+    for trial in range(1, trials + 1):
+        for name in regimes:
+            scores = {task: value(trial, place) for place, task in enumerate(tasks)}
+            if bam.REGIMES[name].multi:
+                write_stage(folder / f"trial-{trial}" / name, task_scores=scores)
+            else:
+                for task in tasks:
+                    write_stage(folder / f"trial-{trial}" / name / task, task_scores={task: scores[task]})
+    return folder
+
+
+def drawn(folder):
+    """(The picture as an XML tree, all its words)."""
+    tree = ElementTree.parse(figure.draw(folder)).getroot()
+    return tree, ["".join(element.itertext()) for element in tree.iter(SVG + "text")]
+
+
+def circles(tree, regime):
+    groups = [group for group in tree.iter(SVG + "g") if group.get("class") == regime]
+    return sum(len(list(group.iter(SVG + "circle"))) for group in groups)
+
+
+def test_figure_names_are_those_of_the_table():
+    """figure.py imports nothing of ours, so it repeats names; they are the same, in the same order."""
+    assert figure.TASKS == {task.name: task.folder for task in glue_data.TASKS.values()}
+    assert figure.REGIMES == {name: regime.label for name, regime in bam.REGIMES.items()}
+    assert list(figure.REGIMES) == list(bam.REGIMES)
+    assert all(f".{name} {{" in figure.STYLE for name in bam.REGIMES)
+
+
+def test_figure_imports_the_standard_library_alone():
+    imported = re.findall(r"^(?:import|from) (\w+)", (HERE / "figure.py").read_text("utf-8"), re.M)
+    assert imported and set(imported) <= sys.stdlib_module_names
+
+
+def test_figure_shows_every_task_regime_and_trial(tmp_path):
+    """Eight tasks, five regimes, three trials: a dot for each of them and one more for each average."""
+    tree, words = drawn(write_run(tmp_path, glue_data.EIGHT, ALL, trials=3))
+    for task in glue_data.EIGHT:
+        assert any(line.startswith(glue_data.TASKS[task].folder) for line in words)
+        assert f"{glue_data.TASKS[task].folder}{glue_data.TASKS[task].metrics[0]}" in words
+    assert {regime.label for regime in bam.REGIMES.values()} <= set(words)
+    for name in ALL:
+        marks_of_names = 3  # one for each row of panels
+        assert circles(tree, name) == 3 * (len(glue_data.EIGHT) + 1) + marks_of_names
+
+
+def test_figure_prints_the_median_and_the_average_within_trials(tmp_path):
+    """Trials (50, 90), (60, 10), (70, 20): medians 60 and 20, averages 70, 35, 45 with median 45, not 40."""
+    percent = {1: (50, 90), 2: (60, 10), 3: (70, 20)}
+    run = write_run(tmp_path, ("rte", "mrpc"), trials=3, value=lambda trial, place: percent[trial][place])
+    assert [word for word in drawn(run)[1] if re.fullmatch(r"\d\d\.\d", word)] == ["45.0", "60.0", "20.0"]
+
+
+def test_figure_of_one_task_and_one_trial(tmp_path):
+    """No average over one task, no tick over one trial: a dot and its mark."""
+    tree, words = drawn(write_run(tmp_path))
+    assert "RTEaccuracy" in words and not any("Average" in word for word in words)
+    assert circles(tree, "single") == 2
+
+
+def test_figure_of_an_unfinished_run(tmp_path):
+    """What is there is drawn; the average waits for every task, and a half-written last line is left out."""
+    run = write_run(tmp_path, ("rte", "mrpc"), ("single",))
+    (run / "trial-1/single/mrpc/scores.json").unlink()
+    with open(run / "trial-1/single/mrpc/metrics.jsonl", "a") as file:
+        file.write('{"step": 100, "lo')
+    words = drawn(run)[1]
+    assert "MRPC" in words and "RTEaccuracy" in words
+    assert "MRPCaccuracy" not in words and not any("Average" in word for word in words)
+
+
+@pytest.mark.parametrize("missing", ["scores.json", "metrics.jsonl", "config.json"])
+def test_figure_without_some_files(tmp_path, missing):
+    run = write_run(tmp_path, ("rte", "mrpc"), ALL)
+    for path in run.glob(f"**/{missing}"):
+        path.unlink()
+    words = drawn(run)[1]
+    assert any(word.startswith("RTE") for word in words)
+    assert ("Scores on the dev sets" in words) == (missing != "scores.json")
+    assert ("Loss per training example" in words) == (missing != "metrics.jsonl")
+
+
+@pytest.mark.parametrize(("steps", "places"), [(1, 1), (41, 3), (61, 4)])
+def test_figure_knows_how_far_an_unfinished_training_is(tmp_path, steps, places):
+    """81 steps are planned and the log ends before; its learning rate tells that the line must stop there."""
+    write_stage(tmp_path / "trial-1/single/rte", steps)
+    stage = figure.read(tmp_path)[1][0]
+    xs = [x for x, _ in figure.curve(stage, {"single": {"learning_rate": 5e-5, "warmup": 0.1}}, "loss")]
+    assert xs == pytest.approx([20 * place / 81 for place in range(places)])
+    assert figure.draw(tmp_path).exists()
+
+
+def test_figure_smooths_over_neighbouring_parts():
+    """Against a plain loop: at most 40 points, each the mean of all within one fortieth before and after its own."""
+    points = [(step / 1000, (step * 7919) % 13) for step in range(1000)]
+    smoothed = figure.smooth(points)
+    assert len(smoothed) == 40
+    for place, (x, y) in enumerate(smoothed):
+        near = [value for at, value in points if place - 1 <= int(at * 40) <= place + 1]
+        assert y == pytest.approx(sum(near) / len(near)) and int(x * 40) == place
+    assert figure.smooth(points[::200]) == points[::200]  # a short log is left as it is
+
+
+@pytest.mark.parametrize("value", [None, -3.2, 0.0, 100.0])
+def test_figure_of_unusual_scores(tmp_path, value):
+    """An undefined correlation (null) has a dash and no dot, and its trial no average; a negative one is drawn."""
+    run = write_run(tmp_path, ("cola", "rte"), value=lambda trial, place: value if place == 0 else 60)
+    words = drawn(run)[1]
+    assert "CoLAmatthews" in words and ("–" if value is None else f"{value:.1f}") in words
+    assert any("Average" in word for word in words) == (value is not None)
+
+
+def test_figure_escapes_names(tmp_path):
+    """A folder and a task may have any name; the picture stays XML, and text stays text."""
+    name = "<script>alert('&\"')</script>".replace("/", "|")
+    run = write_run(tmp_path / (name + "\x1b\udc80"))
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"tasks": ["rte", name]}))
+    write_stage(run / "trial-1/single" / name, steps=41)
+    tree, words = drawn(run)
+    assert name + "��" in words and name in words
+    assert not list(tree.iter(SVG + "script"))
+
+
+def test_figure_is_self_contained_and_follows_the_colour_scheme(tmp_path):
+    content = figure.draw(write_run(tmp_path, glue_data.EIGHT, ALL)).read_text("utf-8")
+    assert "prefers-color-scheme: dark" in content
+    assert re.findall(r"https?://[^\"]+", content) == ["http://www.w3.org/2000/svg"]
+    assert not re.search(r"<script|@import|url\(|href", content)
+
+
+def test_figure_has_the_same_bytes_each_time(tmp_path):
+    run = write_run(tmp_path, ("rte", "cola"), ALL, trials=11)
+    first = figure.draw(run).read_bytes()
+    assert figure.draw(run).read_bytes() == first and b"\r" not in first
+
+
+@pytest.mark.parametrize("case", ["empty", "missing", "damaged", "none"])
+def test_figure_errors_are_one_line(tmp_path, case):
+    """An empty, missing or damaged run directory, or no argument: exit status 2, one line, no picture."""
+    if case == "damaged":
+        (write_run(tmp_path) / "trial-1/single/rte/scores.json").write_text("{")
+    arguments = [] if case == "none" else [tmp_path / "nowhere" if case == "missing" else tmp_path]
+    command = [sys.executable, HERE / "figure.py", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
+    assert (result.returncode, result.stdout) == (2, "") and result.stderr.startswith("figure.py: error: ")
+    assert result.stderr.count("\n") == 1 and not (tmp_path / "figure.svg").exists()
+
+
+def test_figure_command_says_what_it_wrote(tmp_path, capsys):
+    assert figure.command([str(write_run(tmp_path))]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "figure.svg")
 
 
 # ----------------------------------------------------------------------------------------------------- download_glue.sh
