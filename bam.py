@@ -16,6 +16,7 @@ starts as an imitation and ends above its teachers:
 
 import argparse
 import contextlib
+import datetime
 import hashlib
 import itertools
 import json
@@ -47,11 +48,12 @@ def setting(default, why):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every hyper-parameter, with its reason. Values are the original's defaults for one task (bam/configure_*.py)."""
+    """Every hyper-parameter, with its reason. Defaults are the original's for one task; MULTI has its defaults for
+    several (bam/configure.py)."""
 
-    learning_rate: float = setting(5e-5, "peak rate; the multi-task model sees larger batches of harder mixtures")
+    learning_rate: float = setting(5e-5, "peak rate; higher for the larger batches of several tasks")
     batch_size: int = setting(32, "examples a step; a mixed batch should hold every task")
-    epochs: float = setting(3.0, "passes over all rows; distillation has more to learn from than labels")
+    epochs: float = setting(3.0, "passes over all examples; more for a model of several tasks, taught or not")
     warmup: float = setting(0.1, "part of the steps over which the rate rises from 0: Adam has no bias correction here")
     layer_decay: float = setting(0.9, "α: each layer learns this much slower than the one above; low ones are general")
     weight_decay: float = setting(0.01, "decoupled; not on biases and LayerNorm")
@@ -63,9 +65,9 @@ class Recipe:
 
 SINGLE = Recipe()
 MULTI = Recipe(learning_rate=1e-4, batch_size=128, epochs=6.0)
-# The demo starts from random weights, none more general than another, and has few rows: more and bolder steps.
-DEMO_SINGLE = dict(learning_rate=1e-3, layer_decay=1.0, max_length=64, batch_size=16, epochs=4.0)
-DEMO_MULTI = dict(learning_rate=1e-3, layer_decay=1.0, max_length=64, epochs=5.0)
+# The demo starts from random weights, no layer more general than another, and has few examples: more and bolder steps.
+DEMO_SINGLE = dict(learning_rate=1e-3, layer_decay=1.0, epochs=5.0, max_length=64)
+DEMO_MULTI = DEMO_SINGLE | dict(batch_size=64)
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ REGIMES = {
 
 
 def annealing_weight(step, num_steps, gold_weight=None, has_teacher=True):
-    """λ, the weight of the gold labels: 0 … (N − 1) / N as training goes, or a constant. 1 where nobody teaches."""
+    """λ, the weight of the gold labels: from 0 at the first step to 1 − 1 / num_steps at the last, or the constant that
+    the recipe's gold_weight gives; 1 where nobody teaches."""
     if not has_teacher:
         return 1.0
     return step / num_steps if gold_weight is None else gold_weight
@@ -97,7 +100,8 @@ def annealing_weight(step, num_steps, gold_weight=None, has_teacher=True):
 
 @fused
 def distillation_loss(logits, labels, teacher_logits, gold_weight, own, regression):
-    """Each example's loss (B,) against λ · gold + (1 − λ) · teacher. The caller sums: the original's sum, not a mean.
+    """Each example's loss (B,) against λ · gold + (1 − λ) · teacher. Both kinds are computed for every example, and its
+    task picks one. The caller sums over the batch, as the original: a mean with the same clip is another algorithm.
 
     logits, labels, teacher_logits: (B, K), all tasks' outputs side by side; own: (B, K), which of them belong to the
     example's task; regression: (B,), whether that task is a score; gold_weight: λ, 0-dimensional. Cross-entropy with
@@ -107,7 +111,7 @@ def distillation_loss(logits, labels, teacher_logits, gold_weight, own, regressi
     teacher_probabilities = teacher_logits.masked_fill(others, -torch.inf).softmax(-1)
     teacher = torch.where(regression[:, None], teacher_logits, teacher_probabilities)
     target = gold_weight * labels + (1 - gold_weight) * teacher
-    log_probabilities = logits.masked_fill(others, -torch.inf).log_softmax(-1).masked_fill(others, 0)
+    log_probabilities = logits.masked_fill(others, -torch.inf).log_softmax(-1).masked_fill(others, 0)  # 0 · −∞ is NaN
     cross_entropy = -(target * log_probabilities).sum(-1)
     squared_error = (target - logits).masked_fill(others, 0).square().sum(-1)
     return torch.where(regression, squared_error, cross_entropy)
@@ -117,8 +121,8 @@ def distillation_loss(logits, labels, teacher_logits, gold_weight, own, regressi
 
 
 def learning_rate(step, num_steps, recipe, layers_below_head=0):
-    """Linear warm-up from 0, linear decay to 0. The decay counts from step 0, so where warm-up ends the rate falls to
-    0.9 of the peak. Times α for each layer below the head (bam/bert/optimization.py)."""
+    """Linear warm-up from 0, linear decay to 0. The decay counts from step 0, so where warm-up ends the rate drops
+    at once to 0.9 of the peak. Times α for each layer below the head (bam/bert/optimization.py)."""
     warmup_steps = int(recipe.warmup * num_steps)
     schedule = step / warmup_steps if step < warmup_steps else max(0.0, 1 - step / num_steps)
     return recipe.learning_rate * schedule * recipe.layer_decay**layers_below_head
@@ -164,7 +168,7 @@ class Adam:
     def step(self, step, num_steps):
         """Update, zero the gradients, and return their norm before clipping (a tensor)."""
         norm = self.gradients.norm()
-        self.gradients.mul_(self.recipe.clip_norm / norm.clamp(min=self.recipe.clip_norm))
+        self.gradients.mul_((self.recipe.clip_norm / norm).clamp(max=1))
         for segment in self.adam.param_groups:
             segment["lr"] = learning_rate(step, num_steps, self.recipe, segment["layers_below_head"])
         self.adam.step()
@@ -179,11 +183,20 @@ class Adam:
         """Restore what save wrote, and return its step."""
         saved = bert.read_safetensors(path)
         for name in ("values", "mean", "square"):
+            if name not in saved or saved[name].shape != self.values.shape:
+                raise CheckpointError(f"{path}: {name} does not fit the model; expected {len(self.values)} numbers")
             getattr(self, name).copy_(saved[name])
         return int(saved["step"])
 
 
 # -------------------------------------------------------------------------- training: one loop for teacher and student
+
+# Shapes: the outputs of all tasks are K in number (16 for GLUE); each task owns some: CoLA two, MNLI three, STS-B one.
+# A training set of N examples has labels (N, K), zero outside of an example's own columns, and so have its teachers'
+# logits; a model gives all K for every example. schedule[step] is (batch_size, 2): a task, and a row of its own.
+#
+# `run` (class Run, below) is what all stages share, a stage being the training of one model: run.tasks,
+# run.data[task][split], run.checkpoint, run.folder, run.device. run.write(f, ...): rank 0 calls f, the others wait.
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
@@ -200,7 +213,7 @@ class Targets:
         tasks = dataset.tasks
         self.has_teacher = teacher_logits is not None
         self.labels = run.to_device(dataset.labels)
-        self.teacher = run.to_device(teacher_logits) if self.has_teacher else self.labels  # then of weight 0
+        self.teacher = run.to_device(teacher_logits) if self.has_teacher else self.labels  # λ is 1 then: any will do
         self.task_ids = run.to_device(dataset.task_ids).long()
         self.owner = run.to_device(np.repeat(np.arange(len(tasks)), [task.num_outputs for task in tasks]))
         self.regression = run.to_device(np.array([task.is_regression for task in tasks]))
@@ -208,7 +221,7 @@ class Targets:
     def loss(self, logits, rows, gold_weight):
         """The summed loss of the examples `rows` (B,), given their logits (B, K)."""
         task = self.task_ids[rows]
-        weight = torch.tensor(gold_weight, device=logits.device)
+        weight = torch.full((), gold_weight, device=logits.device)
         own = self.owner == task[:, None]
         return distillation_loss(
             logits, self.labels[rows], self.teacher[rows], weight, own, self.regression[task]
@@ -221,11 +234,12 @@ def seed_dropout(seed, step):
 
 
 def logits_of(model, run, dataset, rows):
-    """Run the model on the examples `rows` of a dataset: logits (B, K), and the Batch, which orders the rows anew."""
+    """Run the model on the examples `rows` of a dataset: (logits, Batch). pack sorts by length, so logits[i] belong to
+    batch.rows[i], not to rows[i]."""
     batch = pack(dataset, rows)
     tokens = [run.to_device(array) for array in (batch.input_ids, batch.segment_ids, batch.position_ids)]
     with run.autocast():
-        return model(*tokens, AttentionPlan(batch.cu_seqlens, run.device)), batch
+        return model(*tokens, AttentionPlan(batch.cu_seqlens, run.to_device)), batch
 
 
 def train(model, run, dataset, teacher_logits, recipe, seed, folder):
@@ -256,7 +270,7 @@ def train(model, run, dataset, teacher_logits, recipe, seed, folder):
             dist.all_reduce(optimizer.gradients)
         norm = optimizer.step(step, num_steps)
         progress.step(step, loss.detach(), norm, gold_weight, tokens)
-        if run.time_to_save():
+        if run.time_to_save(step):
             run.write(optimizer.save, saved, step + 1)
             run.stop_if_asked()
     progress.close()
@@ -273,10 +287,12 @@ class Progress:
         self.stage = folder.relative_to(run.folder)
         self.began = self.shown = time.time()
         self.examples = self.tokens = 0
-        path = folder / "metrics.jsonl" if RANK == 0 else Path(os.devnull)
-        lines = path.read_text("utf-8").splitlines(keepends=True) if start and RANK == 0 else []
-        self.metrics = open(path, "w", encoding="utf-8")
-        self.metrics.writelines(line for line in lines if json.loads(line)["step"] < start)
+        path = folder / "metrics.jsonl"
+        if RANK == 0:
+            lines = path.read_text("utf-8").splitlines(keepends=True) if start and path.exists() else []
+            lines = [line for line in lines if line.endswith("\n")]  # a kill can leave half a line
+            write_whole(path, "".join(line for line in lines if json.loads(line)["step"] < start))
+        self.metrics = open(path if RANK == 0 else os.devnull, "a", encoding="utf-8")
 
     def step(self, step, loss, norm, gold_weight, tokens):
         self.examples += self.recipe.batch_size
@@ -321,7 +337,8 @@ def predict(model, run, dataset, task, tokens_per_batch=8192):
     chunks = np.split(order, np.flatnonzero(np.diff(np.cumsum(lengths[order]) // tokens_per_batch)) + 1)
     outputs = torch.zeros(len(dataset), task.num_outputs, device=run.device)
     for rows in chunks[RANK::WORLD]:
-        run.stop_if_asked()
+        if WORLD == 1:  # else the others would wait for this one
+            run.stop_if_asked()
         logits, batch = logits_of(model, run, dataset, rows)
         outputs[run.to_device(batch.rows)] = logits[:, model.columns[task.name]]
     if WORLD > 1:
@@ -337,27 +354,32 @@ def evaluate(model, run, tasks, folder):
         for split, _ in task.dev:
             dataset = run.data[task.name][split]
             logits = predict(model, run, dataset, task)
-            scores[task.name][split] = glue_data.score(task, logits, dataset.labels)
+            score = glue_data.score(task, logits, dataset.labels)
+            # JSON has no NaN, which a correlation with a constant is.
+            scores[task.name][split] = {name: None if np.isnan(value) else value for name, value in score.items()}
             words = glue_data.answers(task, logits)
             run.write(write_whole, folder / f"{task.name}.{split}.tsv", glue_data.predictions_tsv(words))
-            score = f"{task.metrics[0]} {scores[task.name][split][task.metrics[0]]:.1f}"
+            shown = f"{task.metrics[0]} {score[task.metrics[0]]:.1f}"
             collapsed = f", a collapsed run: every answer is {words[0]}" if len(set(words)) == 1 else ""
-            run.say(f"{folder.relative_to(run.folder)}  {task.folder} {split} {score}{collapsed}")
+            run.say(f"{folder.relative_to(run.folder)}  {task.folder} {split} {shown}{collapsed}")
     return scores
 
 
 # ---------------------------------------------------------------------------------------------------------- born again
+# A student has its teacher's architecture and starts from the same public checkpoint, not from the teacher's weights:
+# what passes from one to the other is an array of logits, one row for each training example.
 
 
-def run_regime(run, name, trial, copy=1):
-    """Train a row of the table, its teachers first, and return {task: folder of the model that has its head}.
+def run_regime(run, name, trial, number=1):
+    """Train a row of the table and return {task: folder of the model that has its head}.
 
-    A teacher is a regime run first; of several teachers each is a copy of it with a seed of its own.
+    Its teachers come first, by recursion: --teachers models of each task, the second and later ones in `number`ed
+    folders of their own, which also give them their seeds.
     """
     regime = REGIMES[name]
-    copies = range(1, run.teachers + 1) if regime.teacher else ()
-    teachers = [run_regime(run, regime.teacher, trial, other) for other in copies]
-    top = run.folder / f"trial-{trial}" / (name if copy == 1 else f"{name}-{copy}")
+    numbers = range(1, run.num_teachers + 1) if regime.teacher else ()
+    teachers = [run_regime(run, regime.teacher, trial, other) for other in numbers]
+    top = run.folder / f"trial-{trial}" / (name if number == 1 else f"{name}-{number}")
     folders = {}
     for group in [run.tasks] if regime.multi else [[task] for task in run.tasks]:
         folder = top / ("" if regime.multi else group[0].name)
@@ -382,8 +404,23 @@ def train_stage(run, tasks, recipe, teachers, folder):
         run.write(shutil.copyfile, run.checkpoint / "vocab.txt", folder / "vocab.txt")
         run.write(save_pretrained, model, folder, heads={task.name: task.labels for task in tasks})
     scores = evaluate(model, run, tasks, folder)
-    run.write(write_whole, folder / "scores.json", to_json(scores))
     run.write((folder / "training.safetensors").unlink, missing_ok=True)
+    run.write(write_whole, folder / "scores.json", to_json(scores))
+
+
+def teacher_outputs(run, task, folder):
+    """A teacher's logits (N, outputs) on its own training set, row by row; both orders of the symmetric tasks."""
+    path = folder / f"{task.name}.train-logits.npy"
+    if not run.exists(path):
+        logits = predict(load_pretrained(folder).to(run.device), run, run.data[task.name]["train"], task)
+        run.write(write_whole, path, logits)
+    shape = run.data[task.name]["train"].labels.shape
+    try:
+        return np.load(path).reshape(shape)
+    except (OSError, ValueError, EOFError) as error:
+        raise UsageError(
+            f"{path}: cannot be used ({error}); expected a teacher's logits, {shape}; delete it"
+        ) from error
 
 
 def average_teacher(run, task, teachers):
@@ -400,40 +437,27 @@ def stage_seed(run, folder):
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little") >> 1
 
 
-def teacher_outputs(run, task, folder):
-    """A teacher's logits (N, outputs) on its own training set, row by row; both orders of the symmetric tasks."""
-    path = folder / f"{task.name}.train-logits.npy"
-    if not run.exists(path):
-        logits = predict(load_pretrained(folder).to(run.device), run, run.data[task.name]["train"], task)
-        run.write(write_whole, path, logits)
-    logits = np.load(path)
-    assert logits.shape == run.data[task.name]["train"].labels.shape, f"{path}: {logits.shape}: of other data?"
-    return logits
-
-
 # --------------------------------------------------------------------------------------------------- the paper's table
 
 
-def collect(run, names, trials):
-    """{regime: {task: {split: {metric: [percent of each trial]}}}} of the regimes that are finished in all trials."""
+def collect(run, trials):
+    """{regime: [each trial's {task: {split: {metric: percent}}}]} of the rows that are finished in every trial."""
     results = {}
-    for name in names:
-        for trial in range(1, trials + 1):
-            folder = run.folder / f"trial-{trial}" / name
-            files = [folder] if REGIMES[name].multi else [folder / task.name for task in run.tasks]
-            for path in files:
-                for task, splits in json.loads((path / "scores.json").read_text("utf-8")).items():
-                    for split, metrics in splits.items():
-                        for metric, value in metrics.items():
-                            row = results.setdefault(name, {}).setdefault(task, {}).setdefault(split, {})
-                            row.setdefault(metric, []).append(np.nan if value is None else value)
+    for name, regime in REGIMES.items():
+        tops = [run.folder / f"trial-{trial}" / name for trial in range(1, trials + 1)]
+        folders = [[top] if regime.multi else [top / task.name for task in run.tasks] for top in tops]
+        if all((folder / "scores.json").exists() for group in folders for folder in group):
+            results[name] = [
+                {k: v for f in group for k, v in read_json(f / "scores.json").items()} for group in folders
+            ]
     return results
 
 
-def columns_of_table(run, result):
+def columns_of_table(run, trials):
     """[Avg, each task]: the paper's metric over the trials; the average is taken within each trial."""
-    tasks = [result[task.name]["dev"][task.metrics[0]] for task in run.tasks]
-    return [np.mean(tasks, axis=0), *map(np.array, tasks)]
+    rows = [[scores[task.name][task.dev[0][0]][task.metrics[0]] for scores in trials] for task in run.tasks]
+    tasks = np.array(rows, float)
+    return [tasks.mean(0), *tasks]
 
 
 def table(run, results):
@@ -472,7 +496,7 @@ def submit(run, folders, folder):
                 predictions[name] = glue_data.answers(task, logits)
             else:
                 missing.append(name)
-    run.write(glue_data.write_submission, path, predictions)
+    run.write(write_whole, path, glue_data.submission_zip(predictions))
     incomplete = f"; not in it, so the leaderboard would refuse it: {', '.join(missing)}" if missing else ""
     run.say(f"{path}: {len(predictions)} of 11 files{incomplete}")
 
@@ -481,49 +505,59 @@ def submit(run, folders, folder):
 
 
 def finished_models(args):
-    """{task: folder of its model} of a run directory: trial 1 of --regime or, without it, of the best row there."""
-    folders = {}
-    for name in [args.regime] if args.regime else REGIMES:  # from Single to BAM, so that the better one stays
+    """{task: folder of its model} of a run directory: trial 1 of --regime or, without it, of the last row there."""
+    folders, tasks = {}, glue_data.resolve(args.task)
+    for name in regimes_of(args.regime, tasks) if args.regime else REGIMES:  # later rows replace earlier ones
         for path in sorted(Path(args.out).glob(f"trial-1/{name}/**/scores.json")):
-            folders |= dict.fromkeys(json.loads(path.read_text("utf-8")), path.parent)
+            folders |= dict.fromkeys(read_json(path), path.parent)
     if not folders:
         raise UsageError(f"{args.out}: no finished model there; expected the run directory of an earlier command")
     return folders
 
 
+def own_text(args, task):
+    """The sentences that --text and --text2, or --predict, give: (first, second or None)."""
+    if args.predict:
+        try:
+            data = sys.stdin.buffer.read() if args.predict == "-" else Path(args.predict).read_bytes()
+        except OSError as error:
+            raise UsageError(f"{args.predict}: cannot be read ({error.strerror})") from error
+        return glue_data.read_sentences(task, data, args.predict)
+    texts = [text for text in (args.text, args.text2) if text is not None]
+    if len(texts) != len(task.text):
+        raise UsageError(f"{task.name} takes {len(task.text)} text(s): --text{' and --text2' * (len(task.text) - 1)}")
+    return texts[:1], texts[1:] or None
+
+
 def predict_text(args):
     """Print label and probability, or score, for each row of somebody's own text."""
-    (task,), folders = glue_data.resolve(args.task), finished_models(args)
-    if task.name not in folders:
-        raise UsageError(f"{args.out}: no model of {task.name}; there are {', '.join(folders)}")
-    folder, path = folders[task.name], args.predict or "--text"
-    if args.text is not None:
-        data = "\t".join(text for text in (args.text, args.text2) if text is not None).encode()
-    else:
-        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-    first, second = glue_data.read_sentences(task, data, path)
-    config = json.loads((Path(args.out) / "config.json").read_text("utf-8"))
-    labels = json.loads((folder / "config.json").read_text("utf-8"))["heads"][task.name]
-    tokenizer, zeros = glue_data.Tokenizer(folder / "vocab.txt"), np.zeros((len(first), 1), np.float32)
-    dataset = glue_data.make_dataset(task, first, second, zeros, zeros, tokenizer, config["single"]["max_length"])
+    tasks, folders = glue_data.resolve(args.task), finished_models(args)
+    if len(tasks) != 1 or tasks[0].name not in folders:
+        raise UsageError(f"--task: no model of {args.task!r} in {args.out}; there are {', '.join(folders)}")
+    task, folder = tasks[0], folders[tasks[0].name]
+    first, second = own_text(args, task)
+    labels = read_json(folder / "config.json").get("heads", {}).get(task.name, task.labels)
+    max_length = read_json(Path(args.out) / "config.json")["single"]["max_length"]
+    nothing = np.zeros((len(first), 1), np.float32)
+    tokenizer = glue_data.Tokenizer(folder / "vocab.txt")
+    dataset = glue_data.make_dataset(task, first, second, nothing, nothing, tokenizer, max_length)
     device = Device(args)
     logits = predict(load_pretrained(folder).to(device.device), device, dataset, task)
     print("prediction\tprobability" if labels else "prediction")
     answers = glue_data.answers(replace(task, labels=tuple(labels)), logits)
-    probabilities = torch.tensor(logits).softmax(-1).max(-1)
-    for word, p in zip(answers, probabilities.values, strict=True):
+    for word, p in zip(answers, torch.tensor(logits).softmax(-1).amax(-1), strict=True):
         print(f"{word}\t{p:.4f}" if labels else word)
 
 
 def export(args):
     """Write each task's model, and the encoder of several tasks, as folders that Hugging Face loads."""
     for task, folder in finished_models(args).items():
-        model, config = load_pretrained(folder), json.loads((folder / "config.json").read_text("utf-8"))
+        model, config = load_pretrained(folder), read_json(folder / "config.json")
         first = task == next(iter(model.num_outputs))
         for name, head in [(task, task)] + [("encoder", None)] * (first and len(model.num_outputs) > 1):
             target = Path(args.export) / name
             target.mkdir(parents=True, exist_ok=True)
-            bert.export(model, target, head, config["heads"][task])
+            bert.export(model, target, head, config.get("heads", {}).get(task, glue_data.TASKS[task].labels))
             glue_data.save_tokenizer(folder / "vocab.txt", target, config["max_position_embeddings"])
             print(target)
 
@@ -536,21 +570,23 @@ class UsageError(ValueError):
 
 
 def to_json(value):
-    """Indented JSON; a metric that is undefined, as a correlation with a constant, is null there and NaN here."""
-    return json.dumps(value, indent=2).replace("NaN", "null") + "\n"
+    return json.dumps(value, indent=2) + "\n"
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read ({error}); expected a file of an earlier command") from error
 
 
 def write_whole(path, content):
-    """Write text or an array so that the file appears whole or not at all."""
-    beside = path.with_name(path.name + ".part")
-    with open(beside, "wb") as file:
+    """Write text, bytes or an array so that the file appears whole or not at all."""
+    with bert.whole(path) as file:
         if isinstance(content, np.ndarray):
             np.save(file, content)
         else:
-            file.write(content.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+            file.write(content.encode() if isinstance(content, str) else content)
 
 
 class Device:
@@ -589,29 +625,24 @@ class Run(Device):
         super().__init__(args)
         self.tasks, self.seed, self.folder = glue_data.resolve(args.task), args.seed, Path(args.out)
         self.single, self.multi = recipes(args)
-        self.teachers = args.teachers
+        self.num_teachers = args.teachers
         self.regimes = regimes_of(args.regime, self.tasks)
         self.live = sys.stdout.isatty() and RANK == 0
         self.save_every, self.saved_at = args.save_minutes * 60, time.time()
-        self.make_folder()
-        self.log = open(self.folder / "log.txt", "a", encoding="utf-8") if RANK == 0 else None
-        data, self.checkpoint = self.demo() if args.demo else (Path(args.data), checkpoint_folder(args.checkpoint))
-        if not args.demo:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.log = open(self.folder / "log.txt" if RANK == 0 else os.devnull, "a", encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"{self.folder}: cannot be written ({error.strerror}); --out names another") from error
+        if args.demo:
+            data, self.checkpoint = self.demo()
+        else:
+            data, self.checkpoint = Path(args.data), checkpoint_folder(args.checkpoint)
             self.write(download, data, self.checkpoint, args.checkpoint)
         self.config = load_pretrained(self.checkpoint, {"": 1}).config  # a bad checkpoint is found before any work
         self.read(data, args.limit)
         self.check_sizes()
         self.refuse_other(self.identity(data, args.limit))
-
-    def make_folder(self):
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / ".part").write_bytes(b"")
-            (self.folder / ".part").unlink(missing_ok=True)
-        except OSError as error:
-            raise UsageError(
-                f"{self.folder}: cannot be written ({error.strerror}); --out names the run directory"
-            ) from error
 
     def demo(self):
         """Generated GLUE, its vocabulary and a tiny BERT of random weights: (data, checkpoint)."""
@@ -623,7 +654,7 @@ class Run(Device):
     def read(self, data, limit):
         """Read and tokenize every split, so that bad input is found before any work."""
         tokenizer, length = glue_data.Tokenizer(self.checkpoint / "vocab.txt"), self.single.max_length
-        if tokenizer.size != self.config.vocab_size:
+        if tokenizer.size > self.config.vocab_size:
             found = f"{tokenizer.size} tokens; expected {self.config.vocab_size}, the rows of config.json's embedding"
             raise CheckpointError(f"{self.checkpoint / 'vocab.txt'}: {found}")
         if length > self.config.max_position_embeddings:
@@ -641,26 +672,31 @@ class Run(Device):
         self.wnli_test_rows = len(glue_data.read_split(wnli, "WNLI", data).first) if present else 0
 
     def check_sizes(self):
-        """Every model of the regimes gets at least one step."""
-        for group, recipe in [*(([task], self.single) for task in self.tasks), (self.tasks, self.multi)]:
+        """Every model that will be trained gets at least one step."""
+        names = {*self.regimes, *(REGIMES[name].teacher for name in self.regimes)} - {None}
+        several = {REGIMES[name].multi for name in names}
+        groups = [([task], self.single) for task in self.tasks] * (False in several)
+        for group, recipe in groups + [(self.tasks, self.multi)] * (True in several):
             rows = sum(len(self.data[task.name]["train"]) for task in group)
             if int(recipe.epochs * rows / recipe.batch_size) < 1:
                 names = ", ".join(task.folder for task in group)
-                raise UsageError(f"{names}: {rows} training rows are less than one batch of {recipe.batch_size}")
+                steps = f"{recipe.epochs:g} epochs in batches of {recipe.batch_size} are less than one step"
+                raise UsageError(f"{names}: {rows} training rows, {steps}")
 
     def identity(self, data, limit):
-        """All that decides the numbers, so that stages of different runs never mix."""
-        files = [data / task.folder / file for task in self.tasks for file in task.files.values()]
-        files += [self.checkpoint / name for name in ("config.json", "vocab.txt", *bert.WEIGHTS)]
+        """What decides the numbers (but for dropout's draws, which the number of processes decides too), so that stages
+        of different runs never mix. Files by what they are, wherever they lie."""
+        files = {f"{t.folder}/{file}": data / t.folder / file for t in self.tasks for file in t.files.values()}
+        files |= {name: self.checkpoint / name for name in ("config.json", "vocab.txt", *bert.WEIGHTS)}
         return {
             "tasks": [task.name for task in self.tasks],
             "seed": self.seed,
-            "teachers": self.teachers,
+            "teachers": self.num_teachers,
             "limit": limit,
             "precision": "bfloat16" if self.bfloat16 else "float32",
             "single": asdict(self.single),
             "multi": asdict(self.multi),
-            "files": {str(path): file_digest(path) for path in files if path.exists()},
+            "files": {name: file_digest(path) for name, path in files.items() if path.exists()},
         }
 
     def refuse_other(self, identity):
@@ -668,13 +704,14 @@ class Run(Device):
         path = self.folder / "config.json"
         if not self.exists(path):
             self.write(write_whole, path, to_json(identity))
-        before = json.loads(path.read_text("utf-8"))
-        differences = [
-            f"  {name}: {old!r} there, {new!r} here" for name, old, new in compare(before, identity) if old != new
-        ]
-        if differences:
-            lines = "\n".join(differences)
-            raise UsageError(f"{path}: this folder holds another run; name a new one with --out\n{lines}")
+        old, new = dict(leaves(read_json(path))), dict(leaves(identity))
+        names = [name for name in {**old, **new} if old.get(name, "nothing") != new.get(name, "nothing")]
+        if names:
+            lines = [
+                f"  {name}: {old.get(name, 'nothing')!r} there, {new.get(name, 'nothing')!r} here" for name in names
+            ]
+            problem = "this folder holds another run; name a new one with --out"
+            raise UsageError("\n".join([f"{path}: {problem}", *lines]))
 
     def write(self, action, *args, **kwargs):
         """Let rank 0 act, and the others wait."""
@@ -698,40 +735,37 @@ class Run(Device):
             if not live or not self.live:
                 print(line, file=self.log, flush=True)
 
-    def time_to_save(self):
-        """Whether minutes have passed, or somebody asked to stop; the same on every process."""
-        due = self.stop_asked or time.time() - self.saved_at > self.save_every
+    def time_to_save(self, step):
+        """Whether minutes have passed, or somebody asked to stop; every process gets the same answer."""
+        code = 2 if self.stop_asked else int(time.time() - self.saved_at > self.save_every)
         if WORLD > 1:
-            asked = torch.tensor(due, dtype=torch.int32, device=self.device)
-            dist.all_reduce(asked, dist.ReduceOp.MAX)
-            due = bool(asked)
-        if due:
+            if step % Progress.EVERY:  # agreeing makes the host wait for the device
+                return False
+            agreed = torch.tensor(code, device=self.device)
+            dist.all_reduce(agreed, dist.ReduceOp.MAX)
+            code = int(agreed)
+        self.stop_asked |= code == 2
+        if code:
             self.saved_at = time.time()
-        return due
+        return code > 0
 
 
 def write_demo(data, checkpoint):
-    """A small GLUE, its vocabulary, and a tiny BERT of random weights. Pre-training would have taught it which words
-    are alike; in its place queries begin as keys, so that equal words attend to each other from the start."""
+    """A small GLUE, its vocabulary, and a tiny BERT of random weights; small position and segment embeddings, so that a
+    word looks the same wherever it stands, as pre-training would have taught it."""
     checkpoint.mkdir(parents=True, exist_ok=True)
     vocab_size = glue_data.write_demo(data, checkpoint / "vocab.txt")
     torch.manual_seed(0)
-    model = MultiTaskBert(BertConfig(vocab_size, 64, 2, 4, 128, 64, 2, 0.0, 0.0, initializer_range=0.125), {"": 1})
-    for layer in model.layers:
-        layer.qkv.weight.data[:64] = layer.qkv.weight.data[64:128]
+    model = MultiTaskBert(BertConfig(vocab_size, 64, 2, 4, 128, 64, 2, 0.0, 0.0, initializer_range=0.2), {"": 1})
     for table in (model.position_embeddings, model.segment_embeddings):
-        table.weight.data.mul_(0.5)
+        table.weight.data.mul_(0.2)
     save_pretrained(model, checkpoint)
 
 
-def compare(old, new, prefix=""):
-    """The leaves of two nested dicts, as (name, old, new)."""
-    for key in [*old, *(key for key in new if key not in old)]:
-        a, b = old.get(key, "nothing"), new.get(key, "nothing")
-        if isinstance(a, dict) and isinstance(b, dict):
-            yield from compare(a, b, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", a, b
+def leaves(tree, prefix=""):
+    """(dotted name, value) of nested dicts."""
+    for key, value in tree.items():
+        yield from leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
 
 
 def file_digest(path):
@@ -744,7 +778,9 @@ def file_digest(path):
 
 def device_of(name):
     if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -785,38 +821,39 @@ def recipes(args):
     single, multi = SINGLE, MULTI
     if args.demo:
         single, multi = replace(single, **DEMO_SINGLE), replace(multi, **DEMO_MULTI)
-    for entry in fields(Recipe):
-        given = getattr(args, entry.name)
-        if given is not None:
-            values = [read_setting(entry, text) for text in given.split(",")]
-            if len(values) > 2:
-                raise UsageError(f"{flag_of(entry)}: {given!r}; expected one value, or two: single,multi")
-            single, multi = replace(single, **{entry.name: values[0]}), replace(multi, **{entry.name: values[-1]})
+    flags = {entry: getattr(args, entry.name) for entry in fields(Recipe)}
+    given = {entry.name: read_setting(entry, text) for entry, text in flags.items() if text is not None}
+    single = replace(single, **{name: values[0] for name, values in given.items()})
+    multi = replace(multi, **{name: values[-1] for name, values in given.items()})
     if single.max_length != multi.max_length:
         raise UsageError("--max-length: teachers and student read the same rows; expected one value")
     return single, multi
+
+
+RANGES = {"batch_size": (1, 1e6), "max_length": (8, 1e6), "epochs": (1e-9, 1e6), "clip_norm": (1e-9, 1e9),
+          "gold_weight": (0, 1), "warmup": (0, 1)}  # fmt: skip
 
 
 def flag_of(entry):
     return "--" + entry.name.replace("_", "-")
 
 
-LOWEST = {"batch_size": 1, "max_length": 8, "epochs": 1e-9}
-HIGHEST = {"gold_weight": 1, "warmup": 1}
-
-
 def read_setting(entry, text):
-    name = flag_of(entry)
-    if entry.name == "gold_weight" and text == "anneal":
-        return None
-    try:
-        value = int(text) if entry.type is int else float(text)
-    except ValueError:
-        raise UsageError(f"{name}: {text!r} is not {'a whole' if entry.type is int else 'a'} number") from None
-    low, high = LOWEST.get(entry.name, 0), HIGHEST.get(entry.name, float("inf"))
-    if not low <= value <= high:
-        raise UsageError(f"{name}: {text} is not from {low:g} to {high:g}")
-    return value
+    """A recipe flag to its one or two values."""
+    flag, (low, high), values = flag_of(entry), RANGES.get(entry.name, (0, 1e9)), []
+    for word in text.split(","):
+        if entry.name == "gold_weight" and word == "anneal":
+            values.append(None)
+            continue
+        try:
+            values.append(int(word) if entry.type is int else float(word))
+        except ValueError:
+            raise UsageError(f"{flag}: {word!r} is not {'a whole' if entry.type is int else 'a'} number") from None
+        if not low <= values[-1] <= high:
+            raise UsageError(f"{flag}: {word} is not from {low:g} to {high:g}")
+    if len(values) > 2:
+        raise UsageError(f"{flag}: {text!r}; expected one value, or two: single,multi")
+    return values
 
 
 def parse_args(argv):
@@ -832,10 +869,8 @@ def parse_args(argv):
     add("--trials", type=int, default=1, help="repeat over seeds; report median, spread and Mann-Whitney p (default 1)")
     add("--teachers", type=int, default=1, help="so many seeds of each teacher, their outputs averaged (default 1)")
     add("--seed", type=int, default=0, help="trial 1's; every stage of every trial derives its own (default 0)")
-    add("--data", default="glue_data", help="the GLUE folder; downloaded if it is not there (default %(default)s)")
-    add(
-        "--checkpoint", default="google-bert/bert-base-uncased", help="a folder, or a public name (default %(default)s)"
-    )
+    add("--data", help="the GLUE folder; downloaded if it is not there (default glue_data)")
+    add("--checkpoint", help="a folder, or a public name (default google-bert/bert-base-uncased)")
     add("--out", help="run directory; repeating the command goes on there (default runs/TASK)")
     add("--limit", type=int, help="at most so many rows of each training set, evenly spaced (default: all)")
     add("--demo", action="store_true", help="generated data and a tiny BERT: no download, two minutes")
@@ -857,6 +892,10 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if min(args.trials, args.teachers, 1 if args.limit is None else args.limit) < 1:
         raise UsageError("--trials, --teachers and --limit: expected at least 1")
+    if args.demo and (args.data or args.checkpoint):
+        raise UsageError("--demo makes its own data and checkpoint; --data and --checkpoint are for real ones")
+    args.data = args.data or "glue_data"
+    args.checkpoint = args.checkpoint or "google-bert/bert-base-uncased"
     args.out = args.out or f"runs/{'demo' if args.demo else args.task.replace(',', '-')}"
     return args
 
@@ -865,24 +904,38 @@ def main(argv=None):
     args = parse_args(argv)
     if args.export:
         return export(args)
-    if args.predict or args.text is not None:
+    if args.predict or args.text is not None or args.text2 is not None:
         return predict_text(args)
     if WORLD > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        join_processes(device_of(args.device))
     run = Run(args)
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, run.ask_to_stop)
     for trial in range(1, args.trials + 1):
         for name in run.regimes:
             submit(run, run_regime(run, name, trial), run.folder / f"trial-{trial}" / name)
-    ran = {*run.regimes, *(REGIMES[name].teacher for name in run.regimes)}
-    results = collect(run, [name for name in REGIMES if name in ran], args.trials)
+    results = collect(run, args.trials)
     run.write(write_whole, run.folder / "results.json", to_json(results))
     run.write(write_whole, run.folder / "table.txt", table(run, results))
-    run.write(figure.draw, run.folder)
+    run.write(draw, run)
     run.say("\n" + table(run, results))
+    if WORLD > 1:
+        dist.destroy_process_group()
+
+
+def join_processes(device):
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # Hours, since rank 0 may download while the others wait.
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))
+
+
+def draw(run):
+    """The picture comes last, and a finished run does not fail for it."""
+    try:
+        figure.draw(run.folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        run.say(f"no figure.svg: {error!r}")
 
 
 def command(argv=None):
@@ -893,8 +946,8 @@ def command(argv=None):
     except (UsageError, DataError, CheckpointError) as error:
         print(f"bam.py: error: {error}", file=sys.stderr)
         return 2
-    except (TrainingError, OSError) as error:  # a diverged run, a full disk
-        print(f"bam.py: error: {error}", file=sys.stderr)
+    except (TrainingError, OSError, torch.OutOfMemoryError) as error:  # OSError: a full disk
+        print(f"bam.py: error: {error}\nbam.py: the same command goes on from the last checkpoint", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nbam.py: stopped; the same command goes on from here", file=sys.stderr)

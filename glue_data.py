@@ -6,10 +6,11 @@
     mixing       several tasks to one stream of examples             mix, sample_schedule
     batches      examples to one row of tokens                       pack
     metrics      outputs to the figures of the paper's table         score, mann_whitney_p
-    submission   outputs to what gluebenchmark.com accepts           answers, write_submission
+    submission   outputs to what gluebenchmark.com accepts           answers, submission_zip
     demo         a small GLUE of generated English                   write_demo
 
-Dimension letters: N examples, T tokens, B sequences of a batch, K outputs (labels, or one for a score).
+Dimension letters: N examples, T tokens, B sequences of a batch, K outputs (labels, or one for a score) of a task or of
+several tasks side by side.
 """
 
 import io
@@ -91,7 +92,7 @@ TASKS = {
         Task("wnli", "WNLI", SENTENCES, labels=("0", "1"), test=(("WNLI", "test.tsv"),)),
     )
 }  # fmt: skip
-EIGHT = tuple(name for name in TASKS if name != "wnli")  # the paper's; it leaves WNLI to the majority class
+EIGHT = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")  # the paper's: WNLI gets its majority class
 
 
 def resolve(names):
@@ -131,8 +132,8 @@ def parse_tsv(data, path, header=()):
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8") from error
+        line, byte = error.object.count(b"\n", 0, error.start) + 1, error.object[error.start]
+        raise DataError(f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8") from error
     lines = text.split("\n")  # not splitlines(), which also breaks at characters that stand inside sentences
     if lines[-1] == "":
         lines.pop()
@@ -153,6 +154,8 @@ def read_sentences(task, data, path):
     """Somebody's own text, bytes: a row a line, the task's sentences with a tab between; or a file with a header, as
     GLUE's, whose columns are taken by name. Returns (first, second or None)."""
     columns, rows = parse_tsv(data, path, () if set(task.text) <= set(header_of(data)) else task.text)
+    if not rows:
+        raise DataError(f"{path}: has no rows; expected {' and '.join(task.text)}, a row a line")
     texts = [[fields[columns.index(name)] for _, fields in rows] for name in task.text]
     return texts[0], texts[1] if len(texts) == 2 else None
 
@@ -257,7 +260,7 @@ def save_tokenizer(vocab_file, folder, max_length):
 def read_vocab(path):
     """vocab.txt, a token a line, to {token: id}. Raises DataError on duplicates or a missing special token."""
     try:
-        tokens = path.read_text("utf-8").split("\n")
+        tokens = path.read_bytes().decode("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); expected a vocabulary, a token a line") from error
     if tokens[-1] == "":
@@ -284,8 +287,8 @@ def truncated_lengths(len_a, len_b, limit):
 class Dataset:
     """Tokenized examples, end to end:
 
-    [CLS] a [SEP] b [SEP] [CLS] a [SEP] [CLS] ...      input_ids (T,) int32
-    0                     7             11             offsets (N + 1,) int64
+    [CLS] a [SEP] b b b [SEP] [CLS] c c [SEP] [CLS] ...      input_ids (T,) int32
+    0                         7               11             offsets (N + 1,) int64
     segment 1 starts at 3 in the first, at 4 (its length: nowhere) in the second: segment_starts (N,) int32
     """
 
@@ -378,8 +381,9 @@ def side_by_side(blocks):
 def sample_schedule(sizes, num_steps, batch_size, exponent, seed):
     """The examples of a whole run, (num_steps, batch_size, 2) int32 of (task, row), from one seed.
 
-    Each example's task is drawn with p ∝ size^exponent; the paper's 0.75 keeps the large tasks from drowning the small.
-    Its row is the next of the task's current pass, and each pass is a fresh permutation.
+    sizes: each task's training examples, doubled pairs counted twice. An example's task is drawn with p ∝ size^exponent
+    (the paper's 0.75 keeps the large tasks from drowning the small), and
+    its row is the next of the task's current pass, where each pass is a fresh permutation.
     """
     rng = np.random.default_rng(seed)
     weights = np.asarray(sizes, np.float64) ** exponent
@@ -475,6 +479,8 @@ def mann_whitney_p(a, b):
     approximation with tie and continuity corrections: the same choice as scipy.stats.mannwhitneyu."""
     n, m = len(a), len(b)
     values = np.concatenate([a, b])
+    if np.isnan(values).any():
+        return float("nan")
     u = ranks(values)[:n].sum() - n * (n + 1) / 2
     u = max(u, n * m - u)
     _, ties = np.unique(values, return_counts=True)
@@ -506,13 +512,13 @@ def predictions_tsv(words):
     return "index\tprediction\n" + "".join(f"{index}\t{word}\n" for index, word in enumerate(words))
 
 
-def write_submission(path, predictions):
-    """A zip that gluebenchmark.com accepts, of {name in it: answers}; the same bytes for the same answers."""
+def submission_zip(predictions):
+    """The bytes of a zip that gluebenchmark.com accepts, of {name in it: answers}; the same for the same answers."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, words in predictions.items():
             archive.writestr(zipfile.ZipInfo(f"{name}.tsv"), predictions_tsv(words), zipfile.ZIP_DEFLATED)
-    path.write_bytes(buffer.getvalue())
+    return buffer.getvalue()
 
 
 # ---------------------------------------------------------------------------------------------------------------- demo
@@ -569,11 +575,11 @@ def say(clause, rng, asked=None):
     return " ".join([*words, *place, "?" if asked else "."])
 
 
-def change(clause, rng, count, among=tuple(CONCEPTS)):
-    """The same but for some of the slots that are filled, each of which gets another concept."""
+def change(clause, rng, places, among=tuple(CONCEPTS), count=None):
+    """The same but for one to three, or `count`, of the slots that are filled: each gets another concept."""
     clause, filled = dict(clause), [slot for slot in among if clause[slot] is not None]
-    for slot in rng.sample(filled, min(count, len(filled))):
-        others = KNOWN_PLACES if slot == "place" else range(len(CONCEPTS[slot]))
+    for slot in rng.sample(filled, min(rng.randint(1, 3) if count is None else count, len(filled))):
+        others = places if slot == "place" else range(len(CONCEPTS[slot]))
         clause[slot] = rng.choice([concept for concept in others if concept != clause[slot]])
     return clause
 
@@ -600,16 +606,15 @@ def demo_sst2(rng, places):
 def demo_paraphrase(rng, places):
     """MRPC: the same said otherwise, or with one to three slots changed."""
     clause, same = meaning(rng, places), rng.random() < 0.6
-    other = clause if same else change(clause, rng, rng.randint(1, 3))
+    other = clause if same else change(clause, rng, places)
     return str(int(same)), say(clause, rng), say(other, rng)
 
 
 def demo_qqp(rng, places):
     """The same of questions."""
     clause, same, asked = meaning(rng, places), rng.random() < 0.4, rng.choice(list(ASKED))
-    other = (
-        clause if same else change(clause, rng, rng.randint(1, 3), [slot for slot in CONCEPTS if slot != ASKED[asked]])
-    )
+    slots = [slot for slot in CONCEPTS if slot != ASKED[asked]]
+    other = clause if same else change(clause, rng, places, slots)
     return str(int(same)), say(clause, rng, asked), say(other, rng, asked)
 
 
@@ -618,7 +623,7 @@ def demo_stsb(rng, places):
     clause, changed = meaning(rng, places), rng.randrange(4)
     filled = sum(clause[slot] is not None for slot in CONCEPTS)
     score = 5 * (1 - changed / filled) + rng.gauss(0, 0.3)
-    return f"{min(max(score, 0), 5):.3f}", say(clause, rng), say(change(clause, rng, changed), rng)
+    return f"{min(max(score, 0), 5):.3f}", say(clause, rng), say(change(clause, rng, places, count=changed), rng)
 
 
 def demo_mnli(rng, places):
@@ -631,7 +636,7 @@ def demo_mnli(rng, places):
     elif label == "contradiction":
         other["not"] = not clause["not"]
     else:
-        other = change(clause, rng, rng.randint(1, 3), ("person", "verb", "thing", "place"))
+        other = change(clause, rng, places, ("person", "verb", "thing", "place"))
     return label, say(clause, rng), say(other, rng)
 
 
@@ -646,7 +651,7 @@ def demo_qnli(rng, places):
     clause, good, asked = meaning(rng, places), rng.random() < 0.5, rng.choice(list(ASKED))
     clause["place"] = rng.choice(places)
     slots = [slot for slot in ("person", "verb", "thing") if slot != ASKED[asked]]
-    other = clause if good else change(clause, rng, rng.randint(1, 3), slots)
+    other = clause if good else change(clause, rng, places, slots)
     return ENTAILMENT[not good], say(clause, rng, asked), say(other, rng)
 
 
@@ -673,6 +678,8 @@ def demo_file(rng, task, split):
 def write_demo(root, vocab_file, seed=0):
     """Write a small GLUE of generated English under `root`, and its vocabulary; returns the vocabulary's size."""
     rng, beside = random.Random(seed), root.with_name(root.name + ".part")
+    for leftover in (beside, root):
+        shutil.rmtree(leftover, ignore_errors=True)
     for task in [TASKS[name] for name in EIGHT]:
         for split, file in task.files.items():
             path = (beside / task.folder / file).resolve()

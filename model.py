@@ -12,10 +12,10 @@ Dimension letters: B sequences, T tokens, H hidden size, A attention heads, D = 
 all tasks together; attention alone pads: n sequences of a bucket to L tokens.
 """
 
+import contextlib
 import json
 import math
 import os
-import pickle
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,11 +35,11 @@ COMPILE = False  # set by bam.py: on with CUDA, off on a CPU, where compiling co
 
 
 def fused(function):
-    """A pure function that runs under torch.compile where COMPILE is on; `.plain` is always its eager self."""
+    """A pure function that trains under torch.compile where COMPILE is on; `.plain` is always its eager self."""
     compiled = torch.compile(function, fullgraph=True, dynamic=True)
 
-    def call(*args):
-        return compiled(*args) if COMPILE else function(*args)
+    def call(*args):  # training alone repays compiling
+        return compiled(*args) if COMPILE and torch.is_grad_enabled() else function(*args)
 
     call.plain, call.compiled, call.__doc__, call.__name__ = function, compiled, function.__doc__, function.__name__
     return call
@@ -75,44 +75,41 @@ def linear_dropout_add_norm(x, weight, bias, residual, norm_weight, norm_bias, p
 class AttentionPlan:
     """How a packed batch is cut into buckets of similar length, padded to one length in each:
 
-    tokens      a a a a a b b b b c c d          T = 12
-    buckets     [a a a a a] [b b b b -]  L = 5   then  [c c] [d -]  L = 2
-    pad         0 1 2 3 4 5 6 7 8 0 9 10 11 0    a token's place in the packed row; padding borrows token 0
+    tokens      a a a a a b b b b c d            T = 11, four sequences
+    buckets     [a a a a a] [b b b b -]  L = 5   then  [c] [d]  L = 1
+    pad         0 1 2 3 4 5 6 7 8 0 9 10         a token's place in the packed row; padding borrows token 0
     unpad       the inverse: each token's place among the padded
 
     Made on the host from cu_seqlens (B + 1,) once a batch; every layer uses it, and no step waits for the device.
     """
 
-    def __init__(self, cu_seqlens, device="cpu", shrink=0.8):
+    def __init__(self, cu_seqlens, to_device=torch.from_numpy, shrink=0.8):
         """shrink: a new bucket begins where a sequence is shorter than this part of its bucket's longest."""
-        starts, lengths = np.asarray(cu_seqlens[:-1]), np.diff(cu_seqlens)
+        starts, lengths = np.asarray(cu_seqlens[:-1], np.int64), np.diff(cu_seqlens)
         order = np.argsort(-lengths, kind="stable")
         cuts = [0]
         for place, length in enumerate(lengths[order]):
             if length < shrink * lengths[order[cuts[-1]]]:
                 cuts.append(place)
-        self.buckets = []  # (n, L, mask (n, 1, 1, L) or None where nothing is padded)
-        pads, reals, firsts, padded = [], [], np.empty(len(lengths), np.int64), 0
+        self.buckets, pads, reals = [], [], []
         for rows in np.split(order, cuts[1:]):
             longest = lengths[rows[0]]
             real = np.arange(longest) < lengths[rows, None]  # (n, L)
-            mask = None if real.all() else torch.from_numpy(real[:, None, None]).to(device, non_blocking=True)
+            mask = None if real.all() else to_device(real[:, None, None])  # (n, 1, 1, L)
             self.buckets.append((len(rows), int(longest), mask))
             pads.append(np.where(real, starts[rows, None] + np.arange(longest), 0).ravel())
             reals.append(real.ravel())
-            firsts[rows] = padded + np.arange(len(rows)) * longest
-            padded += real.size
         pad, real = np.concatenate(pads), np.concatenate(reals)
         unpad = np.empty(int(cu_seqlens[-1]), np.int64)
         unpad[pad[real]] = np.flatnonzero(real)
-        to = lambda index: torch.from_numpy(index).to(device, non_blocking=True)  # noqa: E731
-        self.pad, self.unpad = to(pad), to(unpad)
-        self.cls = to(starts.astype(np.int64))  # each sequence's first token in the packed row
-        self.cls_order, self.cls_inverse = to(order), to(np.argsort(order))
+        self.pad, self.unpad = to_device(pad), to_device(unpad)
+        self.cls = to_device(starts)  # each sequence's first token in the packed row
+        self.cls_order, self.cls_inverse = to_device(order), to_device(np.argsort(order))
 
 
 class Reindex(torch.autograd.Function):
-    """x[index] whose gradient is a copy by the inverse index, not a slow sum: no row that counts is taken twice."""
+    """x[index], its gradient a copy by the inverse index and not a sum: padding repeats token 0, but carries no
+    gradient, so that each row has one source."""
 
     @staticmethod
     def forward(ctx, x, index, inverse):
@@ -138,10 +135,9 @@ def attend(q, k, v, mask, p):
     return dropout(scores.softmax(-1), p) @ v
 
 
-def attention(q, kv, plan, num_heads, p):
-    """Self-attention of a packed batch. kv (T, 2H); q (T, H), or (B, H): the [CLS] tokens alone. Like q, out."""
+def attention(q, kv, plan, num_heads, p, only_cls=False):
+    """Self-attention of a packed batch. kv (T, 2H); q (T, H), or with only_cls (B, H). Returns q's shape."""
     hidden = q.shape[-1]
-    only_cls = len(q) == len(plan.cls) and len(q) != len(kv)
     q = q[plan.cls_order] if only_cls else Reindex.apply(q, plan.pad, plan.unpad)
     kv = Reindex.apply(kv, plan.pad, plan.unpad)
     queries = q.split([n * (1 if only_cls else length) for n, length, _ in plan.buckets])
@@ -156,6 +152,9 @@ def attention(q, kv, plan, num_heads, p):
 
 
 # ------------------------------------------------------------------------------------------------------------- encoder
+
+
+LIMITS = {"type_vocab_size": (2, 2**31)}  # of BertConfig's fields, low <= value < high; others: whole from 1, or 0 to 1
 
 
 @dataclass(frozen=True)
@@ -180,20 +179,21 @@ class BertConfig:
         path = Path(path)
         try:
             values = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: cannot be read ({error}); expected BERT's configuration") from error
         if not isinstance(values, dict):
             raise CheckpointError(f"{path}: expected a JSON object, BERT's configuration")
         for key, expected in (("model_type", "bert"), ("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
             if values.get(key, expected) != expected:
                 raise CheckpointError(f"{path}: {key} is {values[key]!r}; expected {expected!r}, as BERT has")
-        for field in cls.__dataclass_fields__.values():
-            value = values.get(field.name, field.default)
+        for name, field in cls.__dataclass_fields__.items():
+            value = values.get(name, field.default)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or value < 0 or (field.type is int and (value < 1 or value != int(value))):
-                found = repr(value) if field.name in values else "missing"
-                raise CheckpointError(f"{path}: {field.name} is {found}; expected BERT's, a {field.type.__name__}")
-        config = cls(**{key: values[key] for key in cls.__dataclass_fields__ if key in values})
+            low, high = LIMITS.get(name, (1, 2**31) if field.type is int else (0, 1))
+            if not number or not low <= value < high or value != field.type(value):
+                found = repr(value) if name in values else "missing"
+                raise CheckpointError(f"{path}: {name} is {found}; expected BERT's, {field.type.__name__} from {low}")
+        config = cls(**{name: f.type(values[name]) for name, f in cls.__dataclass_fields__.items() if name in values})
         if config.hidden_size % config.num_attention_heads:
             raise CheckpointError(
                 f"{path}: hidden_size {config.hidden_size} is not divisible by {config.num_attention_heads} heads"
@@ -227,7 +227,7 @@ class BertLayer(nn.Module):
             q = F.linear(x, self.qkv.weight[:hidden], self.qkv.bias[:hidden])
         else:
             q, kv = self.qkv(x).split([hidden, 2 * hidden], dim=-1)
-        context = attention(q, kv, plan, config.num_attention_heads, p_attention)
+        context = attention(q, kv, plan, config.num_attention_heads, p_attention, only_cls)
         out, norm = self.attention_out, self.attention_norm
         x = linear_dropout_add_norm(context, out.weight, out.bias, x, norm.weight, norm.bias, p_hidden, norm.eps)
         inner = linear_gelu(x, self.ffn_in.weight, self.ffn_in.bias)
@@ -294,7 +294,9 @@ class MultiTaskBert(nn.Module):
     def forward(self, input_ids, segment_ids, position_ids, plan):
         """(T,) each, and the batch's AttentionPlan, to logits (B, K) in float32: every head's on every sequence."""
         pooled = torch.tanh(self.pooler(self.encode(input_ids, segment_ids, position_ids, plan)[-1]))
-        return self.head(dropout(pooled, self.config.hidden_dropout_prob if self.training else 0.0)).float()
+        pooled = dropout(pooled.float(), self.config.hidden_dropout_prob if self.training else 0.0)
+        with torch.autocast(pooled.device.type, enabled=False):  # bfloat16 would tie scores that differ by 0.02 points
+            return self.head(pooled)
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
@@ -354,7 +356,6 @@ def load_pretrained(folder, num_outputs=None):
             raise CheckpointError(f"{path}: no tensor 'heads.TASK.weight'; expected a model that bam.py has trained")
     with torch.device("meta"):  # random weights of BERT-Large take ten seconds, and none of them would stay
         model = MultiTaskBert(config, num_outputs)
-    model.to_empty(device="cpu")
     for name, tensor in public_tensors(model).items():
         if name.startswith("heads.") and new_heads:
             continue
@@ -363,7 +364,10 @@ def load_pretrained(folder, num_outputs=None):
         if found[name].shape != tensor.shape:
             shapes = f"{list(found[name].shape)}; expected {list(tensor.shape)} by config.json"
             raise CheckpointError(f"{path}: tensor {name!r} has shape {shapes}")
-        tensor.copy_(found.pop(name))
+    model.to_empty(device="cpu")
+    for name, tensor in public_tensors(model).items():
+        if not (name.startswith("heads.") and new_heads):
+            tensor.copy_(found.pop(name))
     left = sorted(name for name in found if name.startswith("bert."))
     if left:
         raise CheckpointError(f"{path}: tensor {left[0]!r} (one of {len(left)}) has no place in config.json's encoder")
@@ -381,9 +385,12 @@ def read_weights(folder):
         path = folder / WEIGHTS[1]
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True)  # never unpickles code
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        except Exception as error:  # a damaged pickle raises whatever it stumbles over
             reason = str(error).strip().split("\n")[0]
-            raise CheckpointError(f"{path}: cannot be read ({reason}); expected model.safetensors or this") from error
+            raise CheckpointError(f"{path}: cannot be read ({reason}); expected {' or '.join(WEIGHTS)}") from error
+        if not isinstance(tensors, dict):
+            raise CheckpointError(f"{path}: holds a {type(tensors).__name__}; expected names and tensors")
+        tensors = {name: t for name, t in tensors.items() if isinstance(name, str) and is_plain(t)}
     prefixed = any(name.startswith("bert.") for name in tensors)
     found = {}
     for name, tensor in tensors.items():
@@ -398,6 +405,10 @@ def read_weights(folder):
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
 
+def is_plain(value):
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_meta
+
+
 def read_safetensors(path):
     """{name: tensor} of a safetensors file: an 8-byte header length, a JSON header, raw little-endian data."""
     size = path.stat().st_size
@@ -406,20 +417,48 @@ def read_safetensors(path):
         if size < 8 or length > size - 8:
             raise CheckpointError(f"{path}: is cut off: {size} bytes cannot hold its header of {length}")
         try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            entries = {name: (DTYPES[e["dtype"]], e["shape"], *e["data_offsets"]) for name, e in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            entries = read_header(file.read(length))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path}: header cannot be understood ({error!r}); expected safetensors") from error
     data = np.memmap(path, np.uint8, "c", offset=8 + length) if size > 8 + length else np.empty(0, np.uint8)
-    tensors = {}
-    for name, (dtype, shape, start, end) in entries.items():
+    tensors, place = {}, 0
+    for name, (dtype, shape, start, end) in sorted(entries.items(), key=lambda entry: entry[1][2]):
         if end > len(data):
             raise CheckpointError(f"{path}: is cut off: tensor {name!r} ends at byte {end} of {len(data)}")
-        if not 0 <= start <= end or end - start != math.prod(shape) * dtype.itemsize:
+        if start != place or end - start != math.prod(shape) * dtype.itemsize:
             raise CheckpointError(f"{path}: tensor {name!r}: bytes {start} to {end} do not hold {dtype} {shape}")
         tensors[name] = torch.from_numpy(np.array(data[start:end])).view(dtype).view(shape)
+        place = end
     return tensors
+
+
+def read_header(text):
+    """A safetensors header to {name: (dtype, shape, first byte, end)}; what is odd raises one error or another."""
+    entries = {}
+    for name, entry in json.loads(text, object_pairs_hook=unique).items():
+        if name != "__metadata__":
+            shape, (start, end) = entry["shape"], entry["data_offsets"]
+            if not all(type(n) is int for n in (*shape, start, end)) or min(shape, default=1) < 1:
+                raise ValueError(f"{name}: shape {shape}, bytes {start} to {end}")
+            entries[name] = DTYPES[entry["dtype"]], list(shape), start, end
+    return entries
+
+
+def unique(pairs):
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name stands twice")
+    return dict(pairs)
+
+
+@contextlib.contextmanager
+def whole(path):
+    """A binary file for writing that gets its name once it is complete and on the disk."""
+    beside = path.with_name(path.name + ".part")
+    with open(beside, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
 
 
 def write_safetensors(path, tensors, metadata=None):
@@ -431,14 +470,10 @@ def write_safetensors(path, tensors, metadata=None):
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    beside = path.with_name(path.name + ".part")
-    with open(beside, "wb") as file:
+    with whole(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 def save_pretrained(model, folder, **more):
@@ -450,7 +485,8 @@ def save_pretrained(model, folder, **more):
 
 def write_config(model, folder, **more):
     config = {"model_type": "bert", "hidden_act": "gelu", **asdict(model.config), **more}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    with whole(folder / "config.json") as file:
+        file.write(json.dumps(config, indent=2).encode() + b"\n")
 
 
 def export(model, folder, task=None, labels=()):

@@ -203,6 +203,9 @@ def test_bad_files_are_named(tmp_path):
     )
     with pytest.raises(DataError, match="line 3: byte 0xe9 is not UTF-8"):
         read_split(TASKS["rte"], "train", tmp_path)
+    write_split(tmp_path, "rte", "", data=b"\xef\xbb\xbfindex\n\xff")
+    with pytest.raises(DataError, match="line 2: byte 0xff is not UTF-8"):
+        read_split(TASKS["rte"], "train", tmp_path)
 
 
 def test_task_names():
@@ -493,7 +496,8 @@ def test_submission_is_what_the_leaderboard_accepts(tmp_path):
     stsb = glue_data.answers(TASKS["stsb"], np.array([[-0.1], [0.5], [1.2], [0.33333]]))
     mnli = glue_data.answers(TASKS["mnli"], np.array([[9.0, 1, 1], [1, 9, 1], [1, 1, 9]]))
     cola = glue_data.answers(TASKS["cola"], np.array([[0.0, 1]]))
-    glue_data.write_submission(tmp_path / "s.zip", {"STS-B": stsb, "MNLI-m": mnli, "CoLA": cola})
+    predictions = {"STS-B": stsb, "MNLI-m": mnli, "CoLA": cola}
+    (tmp_path / "s.zip").write_bytes(glue_data.submission_zip(predictions))
     with zipfile.ZipFile(tmp_path / "s.zip") as archive:
         assert archive.namelist() == ["STS-B.tsv", "MNLI-m.tsv", "CoLA.tsv"]
         assert archive.read("STS-B.tsv") == b"index\tprediction\n0\t0.000\n1\t2.500\n2\t5.000\n3\t1.667\n"
@@ -744,9 +748,14 @@ def test_pytorch_model_bin_loads_and_never_runs_code(checkpoint, tmp_path):
     torch.save({"bert.pooler.dense.weight": Attack()}, checkpoint / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="pytorch_model.bin: cannot be read"):
         load_pretrained(checkpoint)
-    (checkpoint / "pytorch_model.bin").write_bytes(pickle.dumps(Attack()))
-    with pytest.raises(CheckpointError, match="pytorch_model.bin: cannot be read"):
-        load_pretrained(checkpoint)
+    for data in (pickle.dumps(Attack()), b"", b"text", b"\x80\x02.", b"PK\x03\x04"):
+        (checkpoint / "pytorch_model.bin").write_bytes(data)
+        with pytest.raises(CheckpointError, match="pytorch_model.bin: cannot be read"):
+            load_pretrained(checkpoint)
+    for value, message in (([1], "holds a list"), ({"bert.pooler.dense.weight": [1], 3: torch.ones(1)}, "no tensor")):
+        torch.save(value, checkpoint / "pytorch_model.bin")
+        with pytest.raises(CheckpointError, match=message):
+            load_pretrained(checkpoint)
     assert not (tmp_path / "owned").exists()
 
 
@@ -779,15 +788,24 @@ def test_broken_safetensors_are_refused(checkpoint):
     first = next(iter(header))
 
     def with_header(**changes):
-        text = json.dumps(header | {first: header[first] | changes}).encode()
-        return len(text).to_bytes(8, "little") + text + whole[8 + length :]
+        return with_text(json.dumps(header | {first: header[first] | changes}))
+
+    def with_text(text):
+        return len(text).to_bytes(8, "little") + text.encode() + whole[8 + length :]
 
     cases = {
         whole[:-1]: "is cut off: tensor", whole[:5]: "is cut off", whole[: length // 2]: "is cut off", b"": "is cut off",
         (2**40).to_bytes(8, "little") + whole[8:]: "is cut off", whole[:9] + b"!" + whole[10:]: "header cannot be",
+        with_text("[" * 9999): "header cannot be", with_text("[]"): "header cannot be", with_text("5"): "header cannot be",
+        with_text(f'{{"a": {json.dumps(header[first])}, "a": {json.dumps(header[first])}}}'): "a name stands twice",
         with_header(dtype="F99"): "header cannot be", with_header(shape=[3, 3]): "do not hold",
-        with_header(data_offsets=[-4, 0]): "do not hold", with_header(data_offsets=[8, 0]): "do not hold",
+        with_header(data_offsets=[-4, 0]): "do not hold", with_header(data_offsets=[8, 8]): "do not hold",
+        with_header(data_offsets=header[list(header)[1]]["data_offsets"]): "do not hold",
     }  # fmt: skip
+    for shape in ([-1, -1], 2, "", None, [2.0], [True], [0, 2**70]):
+        cases[with_header(shape=shape)] = "header cannot be"
+    for offsets in ([0], [0, 1, 2], ["0", "4"], [0.0, 4.0], None):
+        cases[with_header(data_offsets=offsets)] = "header cannot be"
     for data, message in cases.items():
         path.write_bytes(data)
         with pytest.raises(CheckpointError, match=message):
@@ -799,9 +817,14 @@ def test_broken_safetensors_are_refused(checkpoint):
     [
         ({"model_type": "roberta"}, "model_type is 'roberta'; expected 'bert'"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'; expected 'gelu'"),
-        ({"hidden_size": None}, "hidden_size is None; expected BERT's, a int"),
+        ({"hidden_size": None}, "hidden_size is None; expected BERT's, int from 1"),
         ({"hidden_size": "16"}, "hidden_size is '16'"),
         ({"num_attention_heads": 3}, "16 is not divisible by 3 heads"),
+        ({"hidden_size": float("inf")}, "hidden_size is inf"),
+        ({"hidden_size": 16.5}, "hidden_size is 16.5"),
+        ({"hidden_dropout_prob": 1}, "hidden_dropout_prob is 1"),
+        ({"type_vocab_size": 1}, "type_vocab_size is 1; expected BERT's, int from 2"),
+        ({"vocab_size": 2**30}, "has shape"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
     ],
 )
@@ -1169,8 +1192,8 @@ def test_a_run_leaves_what_people_need(quick):
     assert all(json.loads(line)["gold_weight"] == 1 for line in teacher_lines)
     results = json.loads((out / "results.json").read_text())
     assert list(results) == ["single", "single-multi"]
-    assert list(results["single-multi"]["mnli"]) == ["dev", "dev_mismatched"]
-    assert list(results["single"]["stsb"]["dev"]) == ["spearman", "pearson"]
+    assert list(results["single-multi"][0]["mnli"]) == ["dev", "dev_mismatched"]
+    assert list(results["single"][0]["stsb"]["dev"]) == ["spearman", "pearson"]
     table = (out / "table.txt").read_text()
     assert table in result.stdout and table.startswith("Model") and "Single→Multi" in table
     for row in table.splitlines()[2:4]:
@@ -1241,16 +1264,14 @@ def test_an_interrupted_run_ends_in_the_same_bits(quick, tmp_path):
     """SIGTERM and SIGKILL in the first teacher and in the student, at several steps; then the end is the undisturbed one."""
     out = tmp_path / "run"
     command = [sys.executable, str(HERE / "bam.py"), *QUICK, "--out", str(out), "--save-minutes", "0"]
-    moments = [
-        ("single/rte", 1, signal.SIGTERM),
-        ("single/mnli", 2, signal.SIGKILL),
-        ("single-multi", 3, signal.SIGTERM),
-    ]
+    moments = [("single/rte", 1, signal.SIGTERM), ("single/mnli", 2, signal.SIGKILL), ("single/mnli", 2, signal.SIGKILL),
+               ("single-multi", 3, signal.SIGTERM)]  # fmt: skip
     for stage, checkpoints, kill in moments:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         saved, seen = out / "trial-1" / stage / "training.safetensors", set()
         while len(seen) < checkpoints and process.poll() is None:
             seen |= {saved.stat().st_mtime_ns} if saved.exists() else set()
+            time.sleep(0.001)
         process.send_signal(kill)
         _, stderr = process.communicate()
         assert process.returncode == (-9 if kill == signal.SIGKILL else 130), stderr
@@ -1262,11 +1283,42 @@ def test_an_interrupted_run_ends_in_the_same_bits(quick, tmp_path):
 NO_DROPOUT = "import sys, bam, model; model.dropout = lambda x, p: x; sys.exit(bam.command(sys.argv[1:]))"
 
 
+def test_a_damaged_run_directory_is_named(quick, tmp_path):
+    """Half a log line is dropped; a damaged checkpoint, scores or logits file is an error with its name."""
+    shutil.copytree(quick[0], tmp_path / "run")
+    stage = tmp_path / "run" / "trial-1" / "single-multi"
+    (stage / "scores.json").write_text('{"rte": ')
+    result = run_bam(*QUICK, "--out", tmp_path / "run")
+    assert result.returncode == 2 and "scores.json: cannot be read" in result.stderr
+    for name in ("scores.json", "model.safetensors"):
+        (stage / name).unlink()
+    logits = tmp_path / "run" / "trial-1" / "single" / "rte" / "rte.train-logits.npy"
+    logits.write_bytes(logits.read_bytes()[:-9])
+    result = run_bam(*QUICK, "--out", tmp_path / "run")
+    assert result.returncode == 2 and "rte.train-logits.npy: cannot be used" in result.stderr
+    logits.unlink()
+    bert.write_safetensors(stage / "training.safetensors", {"values": torch.ones(1), "step": torch.tensor(3)})
+    result = run_bam(*QUICK, "--out", tmp_path / "run")
+    assert result.returncode == 2 and "training.safetensors: values does not fit the model" in result.stderr
+
+
 def test_two_processes_train_as_one(tmp_path):
     """torchrun against one process, dropout off: odd batches, and batches of one row for two ranks."""
     (tmp_path / "no_dropout.py").write_text(NO_DROPOUT)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    arguments = ["--demo", "--task", "rte,stsb", "--limit", "20", "--epochs", "1", "--batch-size", "1,3"]
+    arguments = [
+        "--demo",
+        "--task",
+        "rte,stsb",
+        "--limit",
+        "20",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "1,3",
+        "--device",
+        "cpu",
+    ]
     metrics = {}
     for name, launcher in (("one", [sys.executable]), ("two", torchrun)):
         command = [*launcher, str(tmp_path / "no_dropout.py"), *arguments, "--out", str(tmp_path / name)]
@@ -1291,7 +1343,7 @@ def test_regimes_trials_and_constant_weights(tmp_path):
     assert [label for label in labels if label[0].isupper()][1:] == [regime.label for regime in bam.REGIMES.values()]
     assert labels.count("min to max") == 5 and labels.count("p against Single") == 4
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    values = results["multi-multi"]["rte"]["dev"]["accuracy"]
+    values = [scores["rte"]["dev"]["accuracy"] for scores in results["multi-multi"]]
     assert len(values) == 2 and f"{np.median(values):.1f}" in next(row for row in rows if row[0] == "Multi→Multi")
     lines = (tmp_path / "run" / "trial-2" / "single-single" / "rte" / "metrics.jsonl").read_text().splitlines()
     assert {json.loads(line)["gold_weight"] for line in lines} == {0.5}
@@ -1348,7 +1400,8 @@ def test_bad_input_is_refused_before_any_training(refuses, tmp_path, checkpoint)
     refuses("--batch-size: 'x' is not a whole number", batch_size="x")
     refuses("--gold-weight: 2 is not from 0 to 1", gold_weight="2")
     refuses("--epochs: '1,2,3'; expected one value, or two", epochs="1,2,3")
-    refuses("40 training rows are less than one batch of 500", batch_size="500")
+    refuses("RTE: 40 training rows, 3 epochs in batches of 500 are less than one step", batch_size="500")
+    refuses("--clip-norm: inf is not from", clip_norm="inf")
     refuses("--max-length: the checkpoint has 40 positions", max_length=41)
     refuses(tmp_path / "glue" / "CoLA" / "train.tsv", "cannot be read", task="rte,cola")
     dev = (data / "dev.tsv").read_bytes()
@@ -1383,7 +1436,7 @@ def test_help_gives_every_setting_with_its_default_and_reason():
     result = run_bam("--help")
     assert result.returncode == 0
     text = " ".join(result.stdout.split())
-    assert "harder mixtures (default 5e-05,0.0001)" in text and "(default anneal)" in text
+    assert "several tasks (default 5e-05,0.0001)" in text and "(default anneal)" in text
     assert all("--" + name.replace("_", "-") in text for name in Recipe.__dataclass_fields__)
 
 
@@ -1412,13 +1465,15 @@ def test_predict_refuses(quick, tmp_path):
     out, _ = quick
     (tmp_path / "bad.tsv").write_text("one\ttwo\none\n")
     for arguments, message in [
-        (("--out", out, "--task", "cola", "--text", "x"), "no model of cola; there are rte, stsb, mnli"),
+        (("--out", out, "--task", "cola", "--text", "x"), "no model of 'cola'"),
         (("--out", out, "--task", "rte", "--predict", tmp_path / "bad.tsv"), "bad.tsv, line 2: 1 tab-separated fields"),
         (("--out", out, "--task", "rte", "--predict", tmp_path / "none.tsv"), "none.tsv"),
         (("--out", tmp_path, "--task", "rte", "--text", "x"), "no finished model there"),
+        (("--out", out, "--task", "rte", "--text", "x"), "rte takes 2 text(s): --text and --text2"),
+        (("--out", out, "--text", "x"), "no model of 'all'"),
     ]:
         result = run_bam(*arguments)
-        assert result.returncode and message in result.stderr and "Traceback" not in result.stderr, result
+        assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr, result
 
 
 def test_exported_models_are_hugging_faces(quick, tmp_path):
