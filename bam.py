@@ -52,14 +52,18 @@ class Recipe:
     several (bam/configure.py)."""
 
     learning_rate: float = setting(5e-5, "peak rate; higher for the larger batches of several tasks")
-    batch_size: int = setting(32, "examples a step; a mixed batch should hold every task")
-    epochs: float = setting(3.0, "passes over all examples; more for a model of several tasks, taught or not")
+    batch_size: int = setting(32, "examples a step; larger where tasks mix")
+    epochs: float = setting(3.0, "training takes epochs · N / batch_size steps; sampling passes small tasks more often")
     warmup: float = setting(0.1, "part of the steps over which the rate rises from 0: Adam has no bias correction here")
-    layer_decay: float = setting(0.9, "α: each layer learns this much slower than the one above; low ones are general")
+    layer_decay: float = setting(
+        0.9, "α: each layer's rate is this times that of the layer above; low ones are general"
+    )
     weight_decay: float = setting(0.01, "decoupled; not on biases and LayerNorm")
     clip_norm: float = setting(1.0, "largest norm of a batch's summed gradient; active at nearly every step")
     exponent: float = setting(0.75, "tasks are sampled with p ∝ size^this: 1 by size, 0 all alike")
-    gold_weight: float | None = setting(None, "λ: 'anneal' for step / num_steps, or a constant, 0 teacher to 1 gold")
+    gold_weight: float | None = setting(
+        None, "λ: 'anneal', here None, for step / num_steps; or a constant, 0 teacher to 1 gold"
+    )
     max_length: int = setting(128, "tokens an example is cut to; few GLUE examples are longer")
 
 
@@ -75,7 +79,7 @@ class Regime:
     """A row of the paper's table: who is trained, and on whose outputs."""
 
     label: str
-    multi: bool  # one student for all tasks, or one for each
+    multi: bool  # one model for all tasks, or one for each
     teacher: str | None = None  # the regime whose models teach; None: gold labels alone
 
 
@@ -122,7 +126,9 @@ def distillation_loss(logits, labels, teacher_logits, gold_weight, own, regressi
 
 def learning_rate(step, num_steps, recipe, layers_below_head=0):
     """Linear warm-up from 0, linear decay to 0. The decay counts from step 0, so where warm-up ends the rate drops
-    at once to 0.9 of the peak. Times α for each layer below the head (bam/bert/optimization.py)."""
+    at once, to 0.9 of the peak after a warm-up of 0.1. Times α for each layer below the head.
+
+    As bam/bert/optimization.py."""
     warmup_steps = int(recipe.warmup * num_steps)
     schedule = step / warmup_steps if step < warmup_steps else max(0.0, 1 - step / num_steps)
     return recipe.learning_rate * schedule * recipe.layer_decay**layers_below_head
@@ -136,15 +142,13 @@ class Adam:
 
     def __init__(self, model, recipe):
         def group(item):
-            return model.depth(item[0]), item[0].endswith("bias") or "norm" in item[0]
+            name, _ = item
+            return model.depth(name), name.endswith("bias") or "norm" in name
 
         named = sorted(model.named_parameters(), key=group)
         size, device = sum(parameter.numel() for _, parameter in named), named[0][1].device
-        self.recipe = recipe
+        self.recipe, segments, state, end = recipe, [], {}, 0
         self.values, self.gradients, self.mean, self.square = (torch.zeros(size, device=device) for _ in range(4))
-        self.adam = torch.optim.AdamW([self.values], lr=0.0, betas=(0.9, 0.999), eps=1e-6, fused=True)
-        self.adam.param_groups.clear()  # for the segments, added below
-        end = 0
         for (depth, exempt), members in itertools.groupby(named, group):
             start = end
             for _, parameter in members:
@@ -152,18 +156,16 @@ class Adam:
                 self.values[place] = parameter.detach().flatten()
                 parameter.data = self.values[place].view_as(parameter)
                 parameter.grad = self.gradients[place].view_as(parameter)
+            segment = self.values[start:end]  # one rate and one decay: a single tensor
+            segment.grad = self.gradients[start:end]
             layers_below_head = model.config.num_hidden_layers + 2 - depth
-            self.add_segment(slice(start, end), layers_below_head, 0.0 if exempt else recipe.weight_decay)
-
-    def add_segment(self, place, layers_below_head, weight_decay):
-        """Parameters with one learning rate and one decay, as a single tensor."""
-        segment = self.values[place]
-        segment.grad = self.gradients[place]
-        group = {"params": [segment], "weight_decay": weight_decay, "layers_below_head": layers_below_head}
-        self.adam.add_param_group(group)
-        # A count so high that the bias correction 1 - β^count is 1: BERT's Adam has none.
-        count = torch.tensor(1e6, device=segment.device)
-        self.adam.state[segment] = {"step": count, "exp_avg": self.mean[place], "exp_avg_sq": self.square[place]}
+            decay = 0.0 if exempt else recipe.weight_decay
+            segments.append({"params": [segment], "weight_decay": decay, "layers_below_head": layers_below_head})
+            # A count so high that the bias correction 1 - β^count is 1: BERT's Adam has none.
+            moments = {"exp_avg": self.mean[start:end], "exp_avg_sq": self.square[start:end]}
+            state[segment] = {"step": torch.tensor(1e6, device=device), **moments}
+        self.adam = torch.optim.AdamW(segments, lr=0.0, betas=(0.9, 0.999), eps=1e-6, fused=True)
+        self.adam.state.update(state)
 
     def step(self, step, num_steps):
         """Update, zero the gradients, and return their norm before clipping (a tensor)."""
@@ -191,12 +193,13 @@ class Adam:
 
 # -------------------------------------------------------------------------- training: one loop for teacher and student
 
-# Shapes: the outputs of all tasks are K in number (16 for GLUE); each task owns some: CoLA two, MNLI three, STS-B one.
-# A training set of N examples has labels (N, K), zero outside of an example's own columns, and so have its teachers'
+# Shapes: K is the number of outputs of a model's tasks, 2 for RTE's teacher, 16 for all eight; each task owns some. A
+# training set of N examples has labels (N, K), zero outside of an example's own columns, and so are its teachers'
 # logits; a model gives all K for every example. schedule[step] is (batch_size, 2): a task, and a row of its own.
 #
 # `run` (class Run, below) is what all stages share, a stage being the training of one model: run.tasks,
-# run.data[task][split], run.checkpoint, run.folder, run.device. run.write(f, ...): rank 0 calls f, the others wait.
+# run.data[task.name][split], run.single_recipe, run.multi_recipe, run.checkpoint, run.folder, run.device, and
+# run.write(f, ...): rank 0 calls f, the others wait; run.exists(path): what rank 0 sees.
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
@@ -262,7 +265,7 @@ def train(model, run, dataset, teacher_logits, recipe, seed, folder):
         gold_weight = annealing_weight(step, num_steps, recipe.gold_weight, targets.has_teacher)
         task, row = schedule[step, RANK::WORLD].T  # this process's share of the batch
         loss, tokens = torch.zeros((), device=run.device), 0
-        if len(row):
+        if len(row):  # there may be more processes than examples
             logits, batch = logits_of(model, run, dataset, first_row[task] + row)
             loss, tokens = targets.loss(logits, run.to_device(batch.rows), gold_weight), len(batch.input_ids)
             loss.backward()
@@ -373,20 +376,23 @@ def evaluate(model, run, tasks, folder):
 def run_regime(run, name, trial, number=1):
     """Train a row of the table and return {task: folder of the model that has its head}.
 
-    Its teachers come first, by recursion: --teachers models of each task, the second and later ones in `number`ed
-    folders of their own, which also give them their seeds.
+    Its teachers come first, by recursion: --teachers copies of the teacher's row, the second and later ones in folders
+    name-2, name-3, ..., which also give them their seeds.
     """
     regime = REGIMES[name]
     numbers = range(1, run.num_teachers + 1) if regime.teacher else ()
     teachers = [run_regime(run, regime.teacher, trial, other) for other in numbers]
     top = run.folder / f"trial-{trial}" / (name if number == 1 else f"{name}-{number}")
-    folders = {}
-    for group in [run.tasks] if regime.multi else [[task] for task in run.tasks]:
-        folder = top / ("" if regime.multi else group[0].name)
+    recipe, models = run.multi_recipe if regime.multi else run.single_recipe, stages(run, regime, top)
+    for folder, tasks in models.items():
         if not run.exists(folder / "scores.json"):
-            train_stage(run, group, run.multi if regime.multi else run.single, teachers, folder)
-        folders |= {task.name: folder for task in group}
-    return folders
+            train_stage(run, tasks, recipe, teachers, folder)
+    return {task.name: folder for folder, tasks in models.items() for task in tasks}
+
+
+def stages(run, regime, top):
+    """{folder of a model: its tasks} of a row of the table."""
+    return {top: run.tasks} if regime.multi else {top / task.name: [task] for task in run.tasks}
 
 
 def train_stage(run, tasks, recipe, teachers, folder):
@@ -432,7 +438,7 @@ def average_teacher(run, task, teachers):
 
 
 def stage_seed(run, folder):
-    """Every stage of every trial has a seed of its own; else a Single→Single student would repeat its teacher."""
+    """A seed for every stage of every trial; else a student would share its teacher's batches and dropout."""
     name = f"{run.seed}/{folder.relative_to(run.folder).as_posix()}"
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little") >> 1
 
@@ -445,11 +451,9 @@ def collect(run, trials):
     results = {}
     for name, regime in REGIMES.items():
         tops = [run.folder / f"trial-{trial}" / name for trial in range(1, trials + 1)]
-        folders = [[top] if regime.multi else [top / task.name for task in run.tasks] for top in tops]
-        if all((folder / "scores.json").exists() for group in folders for folder in group):
-            results[name] = [
-                {k: v for f in group for k, v in read_json(f / "scores.json").items()} for group in folders
-            ]
+        files = [[folder / "scores.json" for folder in stages(run, regime, top)] for top in tops]
+        if all(file.exists() for trial in files for file in trial):
+            results[name] = [dict(item for file in trial for item in read_json(file).items()) for trial in files]
     return results
 
 
@@ -484,15 +488,16 @@ def submit(run, folders, folder):
     path = folder / "submission.zip"
     if run.exists(path):
         return
-    predictions, missing, models = {}, [], {}
+    predictions, missing, loaded = {}, [], None
     for task in glue_data.TASKS.values():
         for name, _ in task.test:
             if name == "WNLI" and run.wnli_test_rows and task not in run.tasks:
                 predictions[name] = ["0"] * run.wnli_test_rows  # the majority class, as in the paper
             elif task in run.tasks and name in run.data[task.name]:
-                if folders[task.name] not in models:
-                    models = {folders[task.name]: load_pretrained(folders[task.name]).to(run.device)}
-                logits = predict(models[folders[task.name]], run, run.data[task.name][name], task)
+                if folders[task.name] != loaded:  # one model in memory at a time
+                    loaded = folders[task.name]
+                    model = load_pretrained(loaded).to(run.device)
+                logits = predict(model, run, run.data[task.name][name], task)
                 predictions[name] = glue_data.answers(task, logits)
             else:
                 missing.append(name)
@@ -538,9 +543,8 @@ def predict_text(args):
     first, second = own_text(args, task)
     labels = read_json(folder / "config.json").get("heads", {}).get(task.name, task.labels)
     max_length = read_json(Path(args.out) / "config.json")["single"]["max_length"]
-    nothing = np.zeros((len(first), 1), np.float32)
-    tokenizer = glue_data.Tokenizer(folder / "vocab.txt")
-    dataset = glue_data.make_dataset(task, first, second, nothing, nothing, tokenizer, max_length)
+    unknown, tokenizer = np.zeros((len(first), 1), np.float32), glue_data.Tokenizer(folder / "vocab.txt")
+    dataset = glue_data.make_dataset(task, first, second, unknown, tokenizer, max_length)
     device = Device(args)
     logits = predict(load_pretrained(folder).to(device.device), device, dataset, task)
     print("prediction\tprobability" if labels else "prediction")
@@ -624,7 +628,7 @@ class Run(Device):
     def __init__(self, args):
         super().__init__(args)
         self.tasks, self.seed, self.folder = glue_data.resolve(args.task), args.seed, Path(args.out)
-        self.single, self.multi = recipes(args)
+        self.single_recipe, self.multi_recipe = recipes(args)
         self.num_teachers = args.teachers
         self.regimes = regimes_of(args.regime, self.tasks)
         self.live = sys.stdout.isatty() and RANK == 0
@@ -653,7 +657,7 @@ class Run(Device):
 
     def read(self, data, limit):
         """Read and tokenize every split, so that bad input is found before any work."""
-        tokenizer, length = glue_data.Tokenizer(self.checkpoint / "vocab.txt"), self.single.max_length
+        tokenizer, length = glue_data.Tokenizer(self.checkpoint / "vocab.txt"), self.single_recipe.max_length
         if tokenizer.size > self.config.vocab_size:
             found = f"{tokenizer.size} tokens; expected {self.config.vocab_size}, the rows of config.json's embedding"
             raise CheckpointError(f"{self.checkpoint / 'vocab.txt'}: {found}")
@@ -675,8 +679,8 @@ class Run(Device):
         """Every model that will be trained gets at least one step."""
         names = {*self.regimes, *(REGIMES[name].teacher for name in self.regimes)} - {None}
         several = {REGIMES[name].multi for name in names}
-        groups = [([task], self.single) for task in self.tasks] * (False in several)
-        for group, recipe in groups + [(self.tasks, self.multi)] * (True in several):
+        groups = [([task], self.single_recipe) for task in self.tasks] * (False in several)
+        for group, recipe in groups + [(self.tasks, self.multi_recipe)] * (True in several):
             rows = sum(len(self.data[task.name]["train"]) for task in group)
             if int(recipe.epochs * rows / recipe.batch_size) < 1:
                 names = ", ".join(task.folder for task in group)
@@ -694,8 +698,8 @@ class Run(Device):
             "teachers": self.num_teachers,
             "limit": limit,
             "precision": "bfloat16" if self.bfloat16 else "float32",
-            "single": asdict(self.single),
-            "multi": asdict(self.multi),
+            "single": asdict(self.single_recipe),
+            "multi": asdict(self.multi_recipe),
             "files": {name: file_digest(path) for name, path in files.items() if path.exists()},
         }
 

@@ -43,7 +43,7 @@ class Task:
     """
 
     name: str  # Hugging Face's name of the `glue` configuration
-    folder: str  # the official folder, also the name on the command line and in the paper's table
+    folder: str  # the official folder, and the name in the paper's table; --task takes either
     text: tuple[str, ...]  # column names of the one or two sentences
     label: str = "label"  # column name of the label
     labels: tuple[str, ...] = ()  # label words; none: a score
@@ -171,7 +171,6 @@ class Split:
     first: list[str]
     second: list[str] | None
     labels: np.ndarray | None
-    lines: list[int]  # line numbers in the file
 
 
 def read_split(task, split, root):
@@ -190,7 +189,7 @@ def read_split(task, split, root):
     labels = None
     if labelled:
         labels = np.array([read_label(task, fields[places[-1]], path, line) for line, fields in rows], np.float32)
-    return Split(texts[0], texts[1] if len(texts) == 2 else None, labels, [line for line, _ in rows])
+    return Split(texts[0], texts[1] if len(texts) == 2 else None, labels)
 
 
 def read_label(task, word, path, line):
@@ -244,11 +243,10 @@ def save_tokenizer(vocab_file, folder, max_length):
     }
     vocab = tokenizer.backend.get_vocab()
     tokenizer.backend.add_special_tokens([token for token in tokens.values() if token in vocab])
-    pair = "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1"
+    single = "[CLS]:0 $A:0 [SEP]:0"
     special = [(token, vocab[token]) for token in ("[CLS]", "[SEP]")]
-    tokenizer.backend.post_processor = processors.TemplateProcessing(
-        single=pair[:23], pair=pair, special_tokens=special
-    )
+    pair = single + " $B:1 [SEP]:1"
+    tokenizer.backend.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=special)
     tokenizer.backend.save(str(folder / "tokenizer.json"))
     inputs = ["input_ids", "token_type_ids", "attention_mask"]
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": inputs}
@@ -298,14 +296,13 @@ class Dataset:
     segment_starts: np.ndarray
     task_ids: np.ndarray  # (N,) int32, places in `tasks`
     labels: np.ndarray  # (N, K) float32, the outputs of all tasks side by side; zeros where there are none
-    lines: np.ndarray  # (N,) int32, where an example stands in its file
 
     def __len__(self):
         return len(self.offsets) - 1
 
 
 def load_dataset(task, split, root, tokenizer, max_length, limit=None):
-    """Read and tokenize one split; at most `limit` rows, evenly spaced over the file (a head would be one source's).
+    """Read and tokenize one split; at most `limit` rows, evenly spaced: a file's first may be of one source.
 
     The training sets of symmetric tasks hold all pairs, then all pairs swapped, as the original's `double_unordered`.
     """
@@ -316,18 +313,17 @@ def load_dataset(task, split, root, tokenizer, max_length, limit=None):
     first = [examples.first[row] for row in rows]
     second = [examples.second[row] for row in rows] if examples.second else None
     labels = np.zeros((len(first), task.num_outputs), np.float32) if examples.labels is None else examples.labels[rows]
-    lines = np.array(examples.lines, np.int32)[rows]
     if task.symmetric and split == "train":
         first, second = first + second, second + first
-        labels, lines = np.tile(labels, (2, 1)), np.tile(lines, 2)
-    return make_dataset(task, first, second, labels, lines, tokenizer, max_length)
+        labels = np.tile(labels, (2, 1))
+    return make_dataset(task, first, second, labels, tokenizer, max_length)
 
 
-def make_dataset(task, first, second, labels, lines, tokenizer, max_length):
-    """Sentences (second may be None), labels (N, K) and line numbers to a Dataset of one task."""
+def make_dataset(task, first, second, labels, tokenizer, max_length):
+    """Sentences (second may be None) and labels (N, K) to a Dataset of one task."""
     input_ids, lengths, segment_starts = tokenize(first, second, tokenizer, max_length)
     offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
-    return Dataset((task,), input_ids, offsets, segment_starts, np.zeros(len(first), np.int32), labels, lines)
+    return Dataset((task,), input_ids, offsets, segment_starts, np.zeros(len(first), np.int32), labels)
 
 
 def tokenize(first, second, tokenizer, max_length, chunk=8192):
@@ -356,16 +352,14 @@ def mix(datasets):
     """Several tasks' examples as one Dataset, in the order given. Each task's labels keep to columns of their own."""
     if len(datasets) == 1:
         return datasets[0]
-    starts = np.cumsum([0] + [len(dataset.input_ids) for dataset in datasets[:-1]])
-    offsets = [dataset.offsets[1:] + start for dataset, start in zip(datasets, starts, strict=True)]
+    lengths = np.concatenate([np.diff(dataset.offsets) for dataset in datasets])
     return Dataset(
         tasks=tuple(task for dataset in datasets for task in dataset.tasks),
         input_ids=np.concatenate([dataset.input_ids for dataset in datasets]),
-        offsets=np.concatenate([[0], *offsets]),
+        offsets=np.concatenate(([0], np.cumsum(lengths))),
         segment_starts=np.concatenate([dataset.segment_starts for dataset in datasets]),
         task_ids=np.repeat(np.arange(len(datasets), dtype=np.int32), [len(dataset) for dataset in datasets]),
         labels=side_by_side([dataset.labels for dataset in datasets]),
-        lines=np.concatenate([dataset.lines for dataset in datasets]),
     )
 
 
@@ -381,9 +375,9 @@ def side_by_side(blocks):
 def sample_schedule(sizes, num_steps, batch_size, exponent, seed):
     """The examples of a whole run, (num_steps, batch_size, 2) int32 of (task, row), from one seed.
 
-    sizes: each task's training examples, doubled pairs counted twice. An example's task is drawn with p ∝ size^exponent
-    (the paper's 0.75 keeps the large tasks from drowning the small), and
-    its row is the next of the task's current pass, where each pass is a fresh permutation.
+    sizes: each task's training examples, doubled pairs counted twice. An example's task is drawn with p ∝
+    size^exponent; the paper's 0.75 keeps the large tasks from drowning the small. Its row is the next of the task's
+    current pass, and each pass is a fresh permutation.
     """
     rng = np.random.default_rng(seed)
     weights = np.asarray(sizes, np.float64) ** exponent
@@ -470,8 +464,8 @@ METRICS = {metric.__name__: metric for metric in (accuracy, f1, matthews, pearso
 
 def score(task, logits, labels):
     """Outputs and labels, both (N, K), to {metric: percent}, the paper's metric first."""
-    reduce = (lambda outputs: outputs[:, 0]) if task.is_regression else (lambda outputs: outputs.argmax(1))
-    return {name: 100 * float(METRICS[name](reduce(labels), reduce(logits))) for name in task.metrics}
+    true, predicted = (outputs[:, 0] if task.is_regression else outputs.argmax(1) for outputs in (labels, logits))
+    return {name: 100 * float(METRICS[name](true, predicted)) for name in task.metrics}
 
 
 def mann_whitney_p(a, b):

@@ -1,4 +1,4 @@
-"""BERT with the heads of many tasks, over packed batches, and the public checkpoint formats. torch alone.
+"""BERT with the heads of many tasks, over packed batches, and the public checkpoint formats. torch and NumPy.
 
     fused ops      pure functions, fused where torch.compile is on               fused, linear_gelu, ...
     attention      inside each sequence of a packed batch                       AttentionPlan, attention
@@ -35,10 +35,10 @@ COMPILE = False  # set by bam.py: on with CUDA, off on a CPU, where compiling co
 
 
 def fused(function):
-    """A pure function that trains under torch.compile where COMPILE is on; `.plain` is always its eager self."""
+    """A function without state that trains under torch.compile where COMPILE is on; `.plain` is its eager self."""
     compiled = torch.compile(function, fullgraph=True, dynamic=True)
 
-    def call(*args):  # training alone repays compiling
+    def call(*args):  # only training repays compiling
         return compiled(*args) if COMPILE and torch.is_grad_enabled() else function(*args)
 
     call.plain, call.compiled, call.__doc__, call.__name__ = function, compiled, function.__doc__, function.__name__
@@ -47,7 +47,7 @@ def fused(function):
 
 def dropout(x, p):
     """BERT's dropout. On a CPU each element gets 16 bits of a 64-bit draw, three times as fast as F.dropout there; so p
-    becomes the next multiple of 1/65536 (0.1 becomes 0.100006), and the scale fits that."""
+    becomes the nearest multiple of 1/65536 (0.1 becomes 0.100006), and the scale fits that."""
     if p == 0 or x.device.type != "cpu":
         return F.dropout(x, p)
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
@@ -75,10 +75,10 @@ def linear_dropout_add_norm(x, weight, bias, residual, norm_weight, norm_bias, p
 class AttentionPlan:
     """How a packed batch is cut into buckets of similar length, padded to one length in each:
 
-    tokens      a a a a a b b b b c d            T = 11, four sequences
-    buckets     [a a a a a] [b b b b -]  L = 5   then  [c] [d]  L = 1
-    pad         0 1 2 3 4 5 6 7 8 0 9 10         a token's place in the packed row; padding borrows token 0
-    unpad       the inverse: each token's place among the padded
+    tokens      a a a a a b b b b c d                      T = 11, four sequences
+    buckets     [a a a a a] [b b b b -]  and  [c] [d]      L = 5, L = 1
+    pad         0 1 2 3 4    5 6 7 8 0         9   10      each padded place's token; padding borrows token 0
+    unpad       0 1 2 3 4 5 6 7 8 10 11                    each token's padded place
 
     Made on the host from cu_seqlens (B + 1,) once a batch; every layer uses it, and no step waits for the device.
     """
@@ -104,12 +104,13 @@ class AttentionPlan:
         unpad[pad[real]] = np.flatnonzero(real)
         self.pad, self.unpad = to_device(pad), to_device(unpad)
         self.cls = to_device(starts)  # each sequence's first token in the packed row
+# Longest first, and back.
         self.cls_order, self.cls_inverse = to_device(order), to_device(np.argsort(order))
 
 
 class Reindex(torch.autograd.Function):
-    """x[index], its gradient a copy by the inverse index and not a sum: padding repeats token 0, but carries no
-    gradient, so that each row has one source."""
+    """x[index], to pad or to unpad, with a gradient that copies rows and sums none: padding repeats token 0, but carries
+    no gradient, so that each row has one source."""
 
     @staticmethod
     def forward(ctx, x, index, inverse):
@@ -275,8 +276,8 @@ class MultiTaskBert(nn.Module):
             nn.init.xavier_uniform_(self.head.weight[columns])
 
     def depth(self, name):
-        """The layer a parameter belongs to, for layer-wise learning rates: embeddings 0, layer k (from 0) k + 1, pooler
-        L + 1, head L + 2 (bam/bert/optimization.py, _get_edecay_lrs)."""
+        """The layer a parameter belongs to, for layer-wise learning rates: embeddings 0, layer k (from 0) k + 1,
+        then the pooler, then the head (bam/bert/optimization.py, _get_edecay_lrs)."""
         last = self.config.num_hidden_layers
         if name.startswith("layers."):
             return int(name.split(".")[1]) + 1
@@ -295,7 +296,7 @@ class MultiTaskBert(nn.Module):
         """(T,) each, and the batch's AttentionPlan, to logits (B, K) in float32: every head's on every sequence."""
         pooled = torch.tanh(self.pooler(self.encode(input_ids, segment_ids, position_ids, plan)[-1]))
         pooled = dropout(pooled.float(), self.config.hidden_dropout_prob if self.training else 0.0)
-        with torch.autocast(pooled.device.type, enabled=False):  # bfloat16 would tie scores that differ by 0.02 points
+        with torch.autocast(pooled.device.type, enabled=False):  # in bfloat16 STS-B's scores would tie within 0.02 of 5
             return self.head(pooled)
 
 

@@ -16,6 +16,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import stat
@@ -133,7 +134,6 @@ def test_a_double_quote_is_a_character(tmp_path):
     assert split.first == ['"Who', "What?", "Where?"]
     assert split.second == ["was it?", 'That"', '"Here"']
     assert split.labels.tolist() == [[1, 0], [0, 1], [1, 0]]
-    assert split.lines == [2, 3, 4]
 
 
 def test_byte_order_mark_and_carriage_returns_go_and_all_else_stays(tmp_path):
@@ -150,7 +150,7 @@ def test_cola_has_a_header_in_test_only_and_no_final_newline(tmp_path):
     write_split(tmp_path, "cola", "index\tsentence\n0\tThree.\n", split="CoLA")
     split = read_split(TASKS["cola"], "train", tmp_path)
     assert split.first == ["One.", "Two."] and split.second is None
-    assert split.labels.tolist() == [[0, 1], [1, 0]] and split.lines == [1, 2]
+    assert split.labels.tolist() == [[0, 1], [1, 0]]
     test = read_split(TASKS["cola"], "CoLA", tmp_path)
     assert test.first == ["Three."] and test.labels is None
 
@@ -305,7 +305,9 @@ def test_symmetric_training_sets_hold_every_pair_twice(tmp_path, tokenizer):
     first, swapped = (data.input_ids[data.offsets[row] : data.offsets[row + 1]].tolist() for row in (1, 6))
     assert sorted(first) == sorted(swapped) and first[1:3] == swapped[3:5] and first[4] == swapped[1]
     assert len(load_dataset(TASKS["mrpc"], "dev", tmp_path, tokenizer, 16)) == 5
-    assert load_dataset(TASKS["mrpc"], "train", tmp_path, tokenizer, 16, limit=3).lines.tolist() == [2, 4, 6] * 2
+    some = load_dataset(TASKS["mrpc"], "train", tmp_path, tokenizer, 16, limit=3)
+    lengths = np.diff(data.offsets)
+    assert np.diff(some.offsets).tolist() == lengths[[0, 2, 4, 5, 7, 9]].tolist()
 
 
 REFERENCE_NAMES = {"sst": "sst2", "sts": "stsb"}
@@ -371,7 +373,7 @@ def dataset(lengths, name="rte", seed=0):
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     starts = rng.integers(1, np.array(lengths) + 1).astype(np.int32)
     ids = rng.integers(60, size=offsets[-1]).astype(np.int32)
-    return glue_data.Dataset((task,), ids, offsets, starts, np.zeros(len(lengths), np.int32), labels, offsets[1:])
+    return glue_data.Dataset((task,), ids, offsets, starts, np.zeros(len(lengths), np.int32), labels)
 
 
 def test_mixing_keeps_every_example_and_its_labels_columns():
@@ -1432,6 +1434,56 @@ def test_without_data_and_network_the_error_names_the_script_and_the_demo(tmp_pa
     assert "download_glue.sh glue glue_data failed" in result.stderr and "--demo" in result.stderr
 
 
+README = (HERE / "README.md").read_text("utf-8")
+
+
+def test_readme_commands_are_accepted():
+    """Each command line in the README names flags, tasks and regimes that there are."""
+    lines = [
+        line.split("#")[0]
+        for line in README.splitlines()
+        if re.match(r"(python|torchrun).* bam.py |.* bam.py --demo", line)
+    ]
+    assert len(lines) >= 10
+    for line in lines:
+        args = bam.parse_args(shlex.split(line.split("bam.py", 1)[1]))
+        tasks = glue_data.resolve(args.task)
+        bam.regimes_of(args.regime, tasks)
+        bam.recipes(args)
+
+
+ADD_TASKS = """
+import sys, bam, glue_data
+from glue_data import Task
+for task in ({rows}):
+    glue_data.TASKS[task.name] = task
+sys.exit(bam.command(sys.argv[1:]))
+"""
+
+
+def test_a_task_of_ones_own_is_one_row_and_a_folder(quick, tmp_path):
+    """The README's two rows, as they stand there: pairs with labels, and a score from 0 to 10, trained and predicted."""
+    rows = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    (tmp_path / "with_tasks.py").write_text(ADD_TASKS.format(rows=re.sub(r" *#.*", "", rows)))
+    for split, n in (("train", 64), ("dev", 20)):
+        for folder, header, row in (
+            ("BoolQ", "question\tpassage\tlabel", "will the cook mend the car ?\tthe chef will mend {0} .\t{1}"),
+            ("Toxicity", "severity\tcomment", "{2}\tthe hat is awful {0} ."),
+        ):
+            (tmp_path / "data" / folder).mkdir(parents=True, exist_ok=True)
+            lines = [row.format("the car" if i % 2 else "the boat", i % 2, i % 11) for i in range(n)]
+            (tmp_path / "data" / folder / f"{split}.tsv").write_text("\n".join([header, *lines]) + "\n")
+    arguments = ["--task", "boolq,toxic", "--data", tmp_path / "data", "--checkpoint", quick[0] / "demo" / "checkpoint",
+                 "--max-length", "64", "--batch-size", "8", "--out", tmp_path / "run"]  # fmt: skip
+    script = [sys.executable, str(tmp_path / "with_tasks.py")]
+    environment = os.environ | {"PYTHONPATH": str(HERE)}
+    run = lambda *more: subprocess.run([*script, *map(str, more)], text=True, capture_output=True, env=environment)  # noqa: E731
+    result = run(*arguments)
+    assert result.returncode == 0 and "BoolQ  Toxicity" in result.stdout, result
+    answer = run("--out", tmp_path / "run", "--task", "toxic", "--text", "the hat is ugly .").stdout.splitlines()
+    assert answer[0] == "prediction" and 0 <= float(answer[1]) <= 10
+
+
 def test_help_gives_every_setting_with_its_default_and_reason():
     result = run_bam("--help")
     assert result.returncode == 0
@@ -1498,6 +1550,7 @@ def test_exported_models_are_hugging_faces(quick, tmp_path):
         logits = model(*tokens, AttentionPlan(batch.cu_seqlens))[np.argsort(batch.rows), model.columns[name]]
         assert inputs["input_ids"][0, : data.offsets[1]].tolist() == data.input_ids[: data.offsets[1]].tolist()
         torch.testing.assert_close(theirs(**inputs).logits, logits, atol=1e-5, rtol=0)
+    assert auto(sentences.first[0])["input_ids"] == [tokenizer.cls_id, *tokenizer(sentences.first)[0], tokenizer.sep_id]
     pooled = encoder(**inputs).pooler_output
     ours = torch.tanh(model.pooler(model.encode(*tokens, AttentionPlan(batch.cu_seqlens))[-1]))[np.argsort(batch.rows)]
     torch.testing.assert_close(pooled, ours, atol=1e-5, rtol=0)
