@@ -104,12 +104,12 @@ class AttentionPlan:
         unpad[pad[real]] = np.flatnonzero(real)
         self.pad, self.unpad = to_device(pad), to_device(unpad)
         self.cls = to_device(starts)  # each sequence's first token in the packed row
-# Longest first, and back.
+        # Longest first, and back.
         self.cls_order, self.cls_inverse = to_device(order), to_device(np.argsort(order))
 
 
 class Reindex(torch.autograd.Function):
-    """x[index], to pad or to unpad, with a gradient that copies rows and sums none: padding repeats token 0, but carries
+    """x[index], to pad or to unpad, with a gradient that copies rows and sums none: padding repeats token 0, but has
     no gradient, so that each row has one source."""
 
     @staticmethod
