@@ -439,9 +439,10 @@ def read_header(text):
     for name, entry in json.loads(text, object_pairs_hook=unique).items():
         if name != "__metadata__":
             shape, (start, end) = entry["shape"], entry["data_offsets"]
-            if not all(type(n) is int for n in (*shape, start, end)) or min(shape, default=1) < 1:
+            numbers = isinstance(shape, list) and all(type(n) is int for n in (*shape, start, end))
+            if not numbers or min(shape, default=1) < 1:
                 raise ValueError(f"{name}: shape {shape}, bytes {start} to {end}")
-            entries[name] = DTYPES[entry["dtype"]], list(shape), start, end
+            entries[name] = DTYPES[entry["dtype"]], shape, start, end
     return entries
 
 

@@ -1155,10 +1155,30 @@ def test_ten_steps_of_training_are_the_originals():
 # ------------------------------------------------------------------------------------------------- the command, run
 
 
-def run_bam(*arguments, cwd=HERE, **environment):
+def run_bam(*arguments):
     """`python bam.py ...` in a process of its own."""
     command = [sys.executable, str(HERE / "bam.py"), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, text=True, capture_output=True, timeout=300, env=os.environ | environment)
+    return subprocess.run(command, text=True, capture_output=True, timeout=300)
+
+
+@pytest.fixture
+def keep_signals():
+    """bam.main takes SIGINT and SIGTERM for itself; give them back to pytest."""
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for name, handler in handlers.items():
+        signal.signal(name, handler)
+
+
+@pytest.fixture
+def command(keep_signals, capfd):
+    """Run bam.py's command in this process: (exit status, stdout, stderr)."""
+
+    def run(*arguments):
+        status = bam.command(list(map(str, arguments)))
+        return status, *capfd.readouterr()
+
+    return run
 
 
 QUICK = ["--demo", "--task", "rte,stsb,mnli", "--limit", "150", "--epochs", "1", "--batch-size", "16,32"]
@@ -1241,15 +1261,14 @@ def test_a_submission_has_its_files_and_names_those_it_lacks(quick):
     assert "6 of 11 files; not in it, so the leaderboard would refuse it: CoLA, SST-2, MRPC, QQP, QNLI" in result.stdout
 
 
-def test_a_repeated_command_trains_nothing_and_another_one_is_refused(quick):
+def test_a_repeated_command_trains_nothing_and_another_one_is_refused(quick, command):
     out, _ = quick
     before = files_of(out, "**/*.safetensors", "**/*.json", "**/*.jsonl")
-    again = run_bam(*QUICK, "--out", out)
-    assert again.returncode == 0 and "step" not in again.stdout and "Single→Multi" in again.stdout
-    other = run_bam(*QUICK, "--out", out, "--learning-rate", "2e-3", "--seed", "1")
-    assert other.returncode == 2 and "Traceback" not in other.stderr
-    assert "holds another run" in other.stderr and "seed: 0 there, 1 here" in other.stderr
-    assert "single.learning_rate: 0.001 there, 0.002 here" in other.stderr
+    status, stdout, _ = command(*QUICK, "--out", out)
+    assert status == 0 and "step" not in stdout and "Single→Multi" in stdout
+    status, _, stderr = command(*QUICK, "--out", out, "--learning-rate", "2e-3", "--seed", "1")
+    assert status == 2 and "holds another run" in stderr and "seed: 0 there, 1 here" in stderr
+    assert "single.learning_rate: 0.001 there, 0.002 here" in stderr
     assert files_of(out, "**/*.safetensors", "**/*.json", "**/*.jsonl") == before
 
 
@@ -1285,23 +1304,23 @@ def test_an_interrupted_run_ends_in_the_same_bits(quick, tmp_path):
 NO_DROPOUT = "import sys, bam, model; model.dropout = lambda x, p: x; sys.exit(bam.command(sys.argv[1:]))"
 
 
-def test_a_damaged_run_directory_is_named(quick, tmp_path):
-    """Half a log line is dropped; a damaged checkpoint, scores or logits file is an error with its name."""
+def test_a_damaged_run_directory_is_named(quick, command, tmp_path):
+    """A damaged checkpoint, scores or logits file is an error with its name."""
     shutil.copytree(quick[0], tmp_path / "run")
-    stage = tmp_path / "run" / "trial-1" / "single-multi"
+    stage, again = tmp_path / "run" / "trial-1" / "single-multi", [*QUICK, "--out", tmp_path / "run"]
     (stage / "scores.json").write_text('{"rte": ')
-    result = run_bam(*QUICK, "--out", tmp_path / "run")
-    assert result.returncode == 2 and "scores.json: cannot be read" in result.stderr
+    status, _, stderr = command(*again)
+    assert status == 2 and "scores.json: cannot be read" in stderr
     for name in ("scores.json", "model.safetensors"):
         (stage / name).unlink()
     logits = tmp_path / "run" / "trial-1" / "single" / "rte" / "rte.train-logits.npy"
     logits.write_bytes(logits.read_bytes()[:-9])
-    result = run_bam(*QUICK, "--out", tmp_path / "run")
-    assert result.returncode == 2 and "rte.train-logits.npy: cannot be used" in result.stderr
+    status, _, stderr = command(*again)
+    assert status == 2 and "rte.train-logits.npy: cannot be used" in stderr
     logits.unlink()
     bert.write_safetensors(stage / "training.safetensors", {"values": torch.ones(1), "step": torch.tensor(3)})
-    result = run_bam(*QUICK, "--out", tmp_path / "run")
-    assert result.returncode == 2 and "training.safetensors: values does not fit the model" in result.stderr
+    status, _, stderr = command(*again)
+    assert status == 2 and "training.safetensors: values does not fit the model" in stderr
 
 
 def test_two_processes_train_as_one(tmp_path):
@@ -1367,15 +1386,6 @@ def test_several_teachers_are_averaged(monkeypatch):
 
 
 @pytest.fixture
-def keep_signals():
-    """bam.main takes SIGINT and SIGTERM for itself; give them back to pytest."""
-    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for name, handler in handlers.items():
-        signal.signal(name, handler)
-
-
-@pytest.fixture
 def refuses(keep_signals, checkpoint, tmp_path, capsys, monkeypatch):
     """Run the command over a small RTE and expect exit status 2 and one line on stderr, before any training."""
     for split in ("train", "dev"):
@@ -1427,11 +1437,12 @@ def test_bad_input_is_refused_before_any_training(refuses, tmp_path, checkpoint)
     refuses(tmp_path / "file" / "run", "cannot be written", out=tmp_path / "file" / "run")
 
 
-def test_without_data_and_network_the_error_names_the_script_and_the_demo(tmp_path):
+def test_without_data_and_network_the_error_names_the_script_and_the_demo(tmp_path, command, monkeypatch):
     """One clear error from download_glue.sh, and exit status 2."""
-    result = run_bam("--task", "rte", cwd=tmp_path, BAM_MIRROR="http://127.0.0.1:9")
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "download_glue.sh glue glue_data failed" in result.stderr and "--demo" in result.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BAM_MIRROR", "http://127.0.0.1:9")
+    status, _, stderr = command("--task", "rte")
+    assert status == 2 and "download_glue.sh glue glue_data failed" in stderr and "--demo" in stderr
 
 
 README = (HERE / "README.md").read_text("utf-8")
@@ -1484,11 +1495,11 @@ def test_a_task_of_ones_own_is_one_row_and_a_folder(quick, tmp_path):
     assert answer[0] == "prediction" and 0 <= float(answer[1]) <= 10
 
 
-def test_help_gives_every_setting_with_its_default_and_reason():
-    result = run_bam("--help")
-    assert result.returncode == 0
-    text = " ".join(result.stdout.split())
-    assert "several tasks (default 5e-05,0.0001)" in text and "(default anneal)" in text
+def test_help_gives_every_setting_with_its_default_and_reason(capsys):
+    with pytest.raises(SystemExit) as end:
+        bam.parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0 and "several tasks (default 5e-05,0.0001)" in text and "(default anneal)" in text
     assert all("--" + name.replace("_", "-") in text for name in Recipe.__dataclass_fields__)
 
 
