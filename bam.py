@@ -734,9 +734,12 @@ class Run(Device):
     def say(self, line, live=False):
         """Print a line; a live one is overwritten by the next, and kept out of the log file."""
         if RANK == 0:
-            end = "" if live and self.live else "\n"
+            live = live and self.live
+            if live:  # a line that wraps could not be overwritten
+                line = line[: shutil.get_terminal_size().columns - 1]
+            end = "" if live else "\n"
             print(("\r\033[K" if self.live else "") + line, end=end, flush=True)
-            if not live or not self.live:
+            if not live:
                 print(line, file=self.log, flush=True)
 
     def time_to_save(self, step):
