@@ -571,6 +571,16 @@ def test_the_last_layer_on_cls_rows_is_the_whole_layers_cls_rows():
     torch.testing.assert_close(model.layers[0](x, plan, only_cls=True), model.layers[0](x, plan)[plan.cls])
 
 
+def test_the_gpus_attention_is_the_cpus():
+    """What attend calls on CUDA, computed here: with and without a mask, for all queries and for [CLS] alone."""
+    k, v = torch.randn(2, 3, 4, 5, 8)
+    mask = torch.tensor([5, 4, 2])[:, None] > torch.arange(5)
+    for q in (torch.randn(3, 4, 5, 8), torch.randn(3, 4, 1, 8)):
+        for keep in (None, mask[:, None, None]):
+            gpu = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep, dropout_p=0.0)
+            torch.testing.assert_close(bert.attend(q, k, v, keep, 0.0), gpu, atol=1e-6, rtol=1e-5)
+
+
 def test_a_sequence_does_not_see_its_companions():
     """Logits of a packed batch are those of each sequence alone, in any order."""
     model = tiny_model()
