@@ -863,16 +863,14 @@ def read_setting(entry, text):
     return values
 
 
-def parse_args(argv):
+def build_parser():
     parser = argparse.ArgumentParser(
         "bam.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--task", default="all", help="all, or names with commas between: " + ", ".join(glue_data.TASKS))
-    add(
-        "--regime",
-        help=f"rows of the table, commas between, or all: {', '.join(REGIMES)} (default: the last, or single)",
-    )
+    rows = ", ".join(REGIMES)
+    add("--regime", help=f"rows of the table: all, or {rows} (default single-multi, or single for one task)")
     add("--trials", type=int, default=1, help="repeat over seeds; report median, spread and Mann-Whitney p (default 1)")
     add("--teachers", type=int, default=1, help="so many seeds of each teacher, their outputs averaged (default 1)")
     add("--seed", type=int, default=0, help="trial 1's; every stage of every trial derives its own (default 0)")
@@ -896,7 +894,11 @@ def parse_args(argv):
         default = ",".join(dict.fromkeys("anneal" if value is None else f"{value:g}" for value in shown))
         why = entry.metadata["why"].replace("%", "%%")
         group.add_argument(flag_of(entry), metavar="X", help=f"{why} (default {default})")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv):
+    args = build_parser().parse_args(argv)
     if min(args.trials, args.teachers, 1 if args.limit is None else args.limit) < 1:
         raise UsageError("--trials, --teachers and --limit: expected at least 1")
     if args.demo and (args.data or args.checkpoint):

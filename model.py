@@ -1,6 +1,6 @@
 """BERT with the heads of many tasks, over packed batches, and the public checkpoint formats. torch and NumPy.
 
-    fused ops      pure functions, fused where torch.compile is on               fused, linear_gelu, ...
+    fused ops      functions without state, fused by torch.compile              fused, linear_gelu, ...
     attention      inside each sequence of a packed batch                       AttentionPlan, attention
     encoder        BertConfig, BertLayer, MultiTaskBert
     checkpoints    model.safetensors, pytorch_model.bin, config.json            load_pretrained, save_pretrained
@@ -46,7 +46,7 @@ def fused(function):
 
 
 def dropout(x, p):
-    """BERT's dropout. On a CPU each element gets 16 bits of a 64-bit draw, three times as fast as F.dropout there; so p
+    """BERT's dropout. On a CPU each element gets 16 bits of a 64-bit draw, faster there than F.dropout; so p
     becomes the nearest multiple of 1/65536 (0.1 becomes 0.100006), and the scale fits that."""
     if p == 0 or x.device.type != "cpu":
         return F.dropout(x, p)
@@ -154,8 +154,7 @@ def attention(q, kv, plan, num_heads, p, only_cls=False):
 
 # ------------------------------------------------------------------------------------------------------------- encoder
 
-
-LIMITS = {"type_vocab_size": (2, 2**31)}  # of BertConfig's fields, low <= value < high; others: whole from 1, or 0 to 1
+LIMITS = {"type_vocab_size": (2, 2**31)}  # low <= value < high; BertConfig's other fields: whole from 1, or 0 to 1
 
 
 @dataclass(frozen=True)
@@ -355,7 +354,7 @@ def load_pretrained(folder, num_outputs=None):
         num_outputs = {task: len(found[f"heads.{task}.weight"]) for task in heads}
         if not heads:
             raise CheckpointError(f"{path}: no tensor 'heads.TASK.weight'; expected a model that bam.py has trained")
-    with torch.device("meta"):  # random weights of BERT-Large take ten seconds, and none of them would stay
+    with torch.device("meta"):  # random weights would be drawn for nothing
         model = MultiTaskBert(config, num_outputs)
     for name, tensor in public_tensors(model).items():
         if name.startswith("heads.") and new_heads:
