@@ -20,6 +20,7 @@ import datetime
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -177,30 +178,44 @@ class Adam:
         self.gradients.zero_()
         return norm
 
+    def state(self, step):
+        return {"values": self.values, "mean": self.mean, "square": self.square, "step": torch.tensor(step)}
+
     def save(self, path, step):
-        tensors = {"values": self.values, "mean": self.mean, "square": self.square, "step": torch.tensor(step)}
-        bert.write_safetensors(path, tensors)
+        """Write a checkpoint; the one before lives on beside it."""
+        if path.exists():
+            path.replace(one_before(path))
+        bert.write_safetensors(path, self.state(step))
 
     def load(self, path):
-        """Restore what save wrote, and return its step."""
-        saved = bert.read_safetensors(path)
+        """Restore what save wrote, and return its step. Raises CheckpointError, and changes nothing."""
+        saved, expected = bert.read_safetensors(path), self.state(0)
+        shapes, expected_shapes = ({name: list(t.shape) for name, t in d.items()} for d in (saved, expected))
+        if shapes != expected_shapes:
+            raise CheckpointError(f"{path}: holds {shapes}; expected {expected_shapes}")
         for name in ("values", "mean", "square"):
-            if name not in saved or saved[name].shape != self.values.shape:
-                raise CheckpointError(f"{path}: {name} does not fit the model; expected {len(self.values)} numbers")
-            getattr(self, name).copy_(saved[name])
+            expected[name].copy_(saved[name])
         return int(saved["step"])
+
+
+CHECKPOINT = "training.safetensors"
+
+
+def one_before(path):
+    return path.with_name("previous-" + path.name)
 
 
 # -------------------------------------------------------------------------- training: one loop for teacher and student
 
 # Shapes: K is the number of outputs of a model's tasks, 2 for RTE's teacher, 16 for all eight; each task owns some. A
 # training set of N examples has labels (N, K), zero outside of an example's own columns, and so are its teachers'
-# logits; a model gives all K for every example. schedule[step] is (batch_size, 2): a task, and a row of its own.
+# logits; a model gives all K for every example. schedule[step] is (batch_size,): rows of the training set.
 #
 # `run` (class Run, below) is what all stages share, a stage being the training of one model: run.tasks,
 # run.data[task.name][split], run.single_recipe, run.multi_recipe, run.checkpoint, run.folder, run.device, and
 # run.write(f, ...): rank 0 calls f, the others wait; run.exists(path): what rank 0 sees.
 
+MIN_TOKENS = 256  # at once, where memory is short
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
 
@@ -213,7 +228,7 @@ class Targets:
     where nobody teaches, and which of the K outputs are whose."""
 
     def __init__(self, run, dataset, teacher_logits):
-        tasks = dataset.tasks
+        self.dataset, tasks = dataset, dataset.tasks
         self.has_teacher = teacher_logits is not None
         self.labels = run.to_device(dataset.labels)
         self.teacher = run.to_device(teacher_logits) if self.has_teacher else self.labels  # λ is 1 then: any will do
@@ -231,9 +246,9 @@ class Targets:
         ).sum()
 
 
-def seed_dropout(seed, step):
+def dropout_seed(seed, step):
     """Each step of each process draws dropout of its own, so a resumed run needs no generator's state."""
-    torch.manual_seed((seed + step + RANK * 1_000_003) % 2**32)
+    return (seed + step + RANK * 1_000_003) % 2**32
 
 
 def logits_of(model, run, dataset, rows):
@@ -242,7 +257,47 @@ def logits_of(model, run, dataset, rows):
     batch = pack(dataset, rows)
     tokens = [run.to_device(array) for array in (batch.input_ids, batch.segment_ids, batch.position_ids)]
     with run.autocast():
-        return model(*tokens, AttentionPlan(batch.cu_seqlens, run.to_device)), batch
+        return model(*tokens, AttentionPlan(batch.cu_seqlens, model.config.num_attention_heads, run.to_device)), batch
+
+
+def add_gradients(model, run, targets, rows, gold_weight, seed):
+    """Add the gradient of the summed loss of the examples `rows` (B,) to the parameters'; return (loss, tokens).
+
+    The gradient of a sum is the sum of the gradients: one part of the batch after the other bounds the memory, and on a
+    CPU takes less time, since a part stays in the caches."""
+    torch.manual_seed(seed)
+    loss, tokens = torch.zeros((), device=run.device), 0
+    for part in glue_data.parts(targets.dataset, rows, run.tokens_at_once):
+        logits, batch = logits_of(model, run, targets.dataset, part)
+        part_loss = targets.loss(logits, run.to_device(batch.rows), gold_weight)
+        part_loss.backward()
+        loss, tokens = loss + part_loss.detach(), tokens + len(batch.input_ids)
+    return loss, tokens
+
+
+def add_gradients_within_memory(optimizer, model, run, *batch):
+    """add_gradients, and where the device runs out of memory again, from then on in parts of half the size."""
+    while True:
+        try:
+            return add_gradients(model, run, *batch)
+        except torch.OutOfMemoryError:
+            if run.tokens_at_once < 2 * MIN_TOKENS:
+                raise
+        run.tokens_at_once //= 2
+        run.say(f"out of memory: from here on {run.tokens_at_once} tokens at once; the gradient is the same")
+        optimizer.gradients.zero_()
+
+
+def resume(optimizer, run, path):
+    """Restore the latest checkpoint and return its step, 0 where there is none. A damaged one is named, and the one
+    before used."""
+    for candidate in (path, one_before(path)):
+        if run.exists(candidate):
+            try:
+                return optimizer.load(candidate)
+            except CheckpointError as error:
+                run.say(f"{error}; going back to the one before it")
+    return 0
 
 
 def train(model, run, dataset, teacher_logits, recipe, seed, folder):
@@ -255,26 +310,23 @@ def train(model, run, dataset, teacher_logits, recipe, seed, folder):
     first_row = np.cumsum(sizes) - sizes
     num_steps = int(recipe.epochs * len(dataset) / recipe.batch_size)
     schedule = sample_schedule(sizes, num_steps, recipe.batch_size, recipe.exponent, seed)
+    schedule = first_row[schedule[..., 0]] + schedule[..., 1]  # (num_steps, batch_size) rows of the whole dataset
     targets, optimizer = Targets(run, dataset, teacher_logits), Adam(model, recipe)
-    saved = folder / "training.safetensors"
-    start = optimizer.load(saved) if run.exists(saved) else 0
-    progress = Progress(run, folder, start, num_steps, recipe)
+    start = resume(optimizer, run, folder / CHECKPOINT)
+    progress = Progress(run, folder, start, recipe, dataset, schedule)
     model.train()
     for step in range(start, num_steps):
-        seed_dropout(seed, step)
         gold_weight = annealing_weight(step, num_steps, recipe.gold_weight, targets.has_teacher)
-        task, row = schedule[step, RANK::WORLD].T  # this process's share of the batch
-        loss, tokens = torch.zeros((), device=run.device), 0
-        if len(row):  # there may be more processes than examples
-            logits, batch = logits_of(model, run, dataset, first_row[task] + row)
-            loss, tokens = targets.loss(logits, run.to_device(batch.rows), gold_weight), len(batch.input_ids)
-            loss.backward()
+        share = schedule[step, RANK::WORLD]  # this process's part of the batch
+        batch = targets, share, gold_weight, dropout_seed(seed, step)
+        loss, tokens = add_gradients_within_memory(optimizer, model, run, *batch)
         if WORLD > 1:
             dist.all_reduce(optimizer.gradients)
         norm = optimizer.step(step, num_steps)
-        progress.step(step, loss.detach(), norm, gold_weight, tokens)
+        progress.step(step, loss, norm, gold_weight, tokens)
         if run.time_to_save(step):
-            run.write(optimizer.save, saved, step + 1)
+            progress.sync(step)
+            run.write(optimizer.save, folder / CHECKPOINT, step + 1)
             run.stop_if_asked()
     progress.close()
 
@@ -285,8 +337,9 @@ class Progress:
 
     EVERY = 20  # steps; reading a number makes the host wait for the device
 
-    def __init__(self, run, folder, start, num_steps, recipe):
-        self.run, self.num_steps, self.start, self.recipe = run, num_steps, start, recipe
+    def __init__(self, run, folder, start, recipe, dataset, schedule):
+        self.run, self.start, self.recipe, self.dataset, self.schedule = run, start, recipe, dataset, schedule
+        self.num_steps, self.norms = len(schedule), []
         self.stage = folder.relative_to(run.folder)
         self.began = self.shown = time.time()
         self.examples = self.tokens = 0
@@ -300,20 +353,39 @@ class Progress:
     def step(self, step, loss, norm, gold_weight, tokens):
         self.examples += self.recipe.batch_size
         self.tokens += tokens * WORLD
-        if step % self.EVERY and step + 1 < self.num_steps:
+        self.norms.append(norm)
+        log = step % self.EVERY == 0 or step + 1 == self.num_steps
+        if log or norm.device.type == "cpu":
+            self.check(step)
+        if not log:
             return
         if WORLD > 1:
             dist.all_reduce(loss)
         values = {"step": step, "loss": loss.item() / self.recipe.batch_size, "gradient_norm": norm.item()}
         values |= {"learning_rate": learning_rate(step, self.num_steps, self.recipe), "gold_weight": gold_weight}
-        if not np.isfinite([values["loss"], values["gradient_norm"]]).all():
-            raise TrainingError(f"{self.stage}: loss or gradient is not finite: {values}")
         self.metrics.write(json.dumps(values) + "\n")
         self.metrics.flush()
         now = time.time()
         if now - self.shown >= (0.2 if self.run.live else 30) or step + 1 == self.num_steps:
             self.shown = now
             self.show(step, values, now - self.began)
+
+    def check(self, step):
+        """Raise TrainingError if a gradient since the last check, up to and with `step`, was not finite."""
+        norms, self.norms = torch.stack(self.norms or [torch.zeros(())]).tolist(), []
+        for at, norm in enumerate(norms, step + 1 - len(norms)):
+            if not math.isfinite(norm):
+                rate = learning_rate(at, self.num_steps, self.recipe)
+                problem = f"{self.stage}, step {at}: the gradient's norm is {norm}, at learning rate {rate:.1e}"
+                rows = glue_data.where(self.dataset, self.schedule[at])
+                raise TrainingError(f"{problem}; nothing of it was saved. The step's rows: {rows}")
+
+    def sync(self, step):
+        """Before a checkpoint: nothing bad gets into it, and metrics.jsonl on the disk reaches as far."""
+        self.check(step)
+        self.metrics.flush()
+        if RANK == 0:
+            os.fsync(self.metrics.fileno())
 
     def show(self, step, values, seconds):
         left = seconds / (step + 1 - self.start) * (self.num_steps - step - 1)
@@ -332,14 +404,11 @@ class Progress:
 
 
 @torch.no_grad()
-def predict(model, run, dataset, task, tokens_per_batch=8192):
+def predict(model, run, dataset, task):
     """One task's logits (N, its outputs) for every example of a dataset, dropout off, in the dataset's order."""
     model.eval()
-    lengths = np.diff(dataset.offsets)
-    order = np.argsort(-lengths, kind="stable")
-    chunks = np.split(order, np.flatnonzero(np.diff(np.cumsum(lengths[order]) // tokens_per_batch)) + 1)
     outputs = torch.zeros(len(dataset), task.num_outputs, device=run.device)
-    for rows in chunks[RANK::WORLD]:
+    for rows in glue_data.parts(dataset, np.arange(len(dataset)), run.tokens_at_once)[RANK::WORLD]:
         if WORLD == 1:  # else the others would wait for this one
             run.stop_if_asked()
         logits, batch = logits_of(model, run, dataset, rows)
@@ -410,7 +479,8 @@ def train_stage(run, tasks, recipe, teachers, folder):
         run.write(shutil.copyfile, run.checkpoint / "vocab.txt", folder / "vocab.txt")
         run.write(save_pretrained, model, folder, heads={task.name: task.labels for task in tasks})
     scores = evaluate(model, run, tasks, folder)
-    run.write((folder / "training.safetensors").unlink, missing_ok=True)
+    for checkpoint in (folder / CHECKPOINT, one_before(folder / CHECKPOINT)):
+        run.write(checkpoint.unlink, missing_ok=True)
     run.write(write_whole, folder / "scores.json", to_json(scores))
 
 
@@ -422,7 +492,10 @@ def teacher_outputs(run, task, folder):
         run.write(write_whole, path, logits)
     shape = run.data[task.name]["train"].labels.shape
     try:
-        return np.load(path).reshape(shape)
+        logits = np.load(path).reshape(shape)
+        if not np.isfinite(logits).all():
+            raise ValueError("they are not finite")
+        return logits
     except (OSError, ValueError, EOFError) as error:
         raise UsageError(
             f"{path}: cannot be used ({error}); expected a teacher's logits, {shape}; delete it"
@@ -544,7 +617,8 @@ def predict_text(args):
     labels = read_json(folder / "config.json").get("heads", {}).get(task.name, task.labels)
     max_length = read_json(Path(args.out) / "config.json")["single"]["max_length"]
     unknown, tokenizer = np.zeros((len(first), 1), np.float32), glue_data.Tokenizer(folder / "vocab.txt")
-    dataset = glue_data.make_dataset(task, first, second, unknown, tokenizer, max_length)
+    lines = np.arange(len(first), dtype=np.int32)
+    dataset = glue_data.make_dataset(task, first, second, unknown, lines, tokenizer, max_length)
     device = Device(args)
     logits = predict(load_pretrained(folder).to(device.device), device, dataset, task)
     print("prediction\tprobability" if labels else "prediction")
@@ -601,6 +675,8 @@ class Device:
         on_cuda = self.device.type == "cuda"
         self.bfloat16 = on_cuda if args.precision == "auto" else args.precision == "bfloat16"
         bert.COMPILE = on_cuda if args.compile is None else args.compile
+        # What is in memory at once, in training and in predicting: what fills the device, and no more.
+        self.tokens_at_once = 8192 if on_cuda else 2048
         self.stop_asked = False
 
     def to_device(self, array):
@@ -957,6 +1033,11 @@ def command(argv=None):
         return 2
     except (TrainingError, OSError, torch.OutOfMemoryError) as error:  # OSError: a full disk
         print(f"bam.py: error: {error}\nbam.py: the same command goes on from the last checkpoint", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "Connection" in str(error)):  # gloo's has no class of its own
+            raise
+        print(f"bam.py: error: process {RANK} lost another one, whose own message says why", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nbam.py: stopped; the same command goes on from here", file=sys.stderr)

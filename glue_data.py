@@ -171,6 +171,7 @@ class Split:
     first: list[str]
     second: list[str] | None
     labels: np.ndarray | None
+    lines: np.ndarray  # (N,) int32, from 1
 
 
 def read_split(task, split, root):
@@ -189,7 +190,8 @@ def read_split(task, split, root):
     labels = None
     if labelled:
         labels = np.array([read_label(task, fields[places[-1]], path, line) for line, fields in rows], np.float32)
-    return Split(texts[0], texts[1] if len(texts) == 2 else None, labels)
+    lines = np.array([line for line, _ in rows], np.int32)
+    return Split(texts[0], texts[1] if len(texts) == 2 else None, labels, lines)
 
 
 def read_label(task, word, path, line):
@@ -296,6 +298,7 @@ class Dataset:
     segment_starts: np.ndarray
     task_ids: np.ndarray  # (N,) int32, places in `tasks`
     labels: np.ndarray  # (N, K) float32, the outputs of all tasks side by side; zeros where there are none
+    lines: np.ndarray  # (N,) int32, where they stand in their files
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -313,17 +316,28 @@ def load_dataset(task, split, root, tokenizer, max_length, limit=None):
     first = [examples.first[row] for row in rows]
     second = [examples.second[row] for row in rows] if examples.second else None
     labels = np.zeros((len(first), task.num_outputs), np.float32) if examples.labels is None else examples.labels[rows]
+    lines = examples.lines[rows]
     if task.symmetric and split == "train":
         first, second = first + second, second + first
-        labels = np.tile(labels, (2, 1))
-    return make_dataset(task, first, second, labels, tokenizer, max_length)
+        labels, lines = np.tile(labels, (2, 1)), np.tile(lines, 2)
+    return make_dataset(task, first, second, labels, lines, tokenizer, max_length)
 
 
-def make_dataset(task, first, second, labels, tokenizer, max_length):
-    """Sentences (second may be None) and labels (N, K) to a Dataset of one task."""
+def make_dataset(task, first, second, labels, lines, tokenizer, max_length):
+    """Sentences (second may be None), labels (N, K) and line numbers (N,) to a Dataset of one task."""
     input_ids, lengths, segment_starts = tokenize(first, second, tokenizer, max_length)
     offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
-    return Dataset((task,), input_ids, offsets, segment_starts, np.zeros(len(first), np.int32), labels)
+    return Dataset((task,), input_ids, offsets, segment_starts, np.zeros(len(first), np.int32), labels, lines)
+
+
+def where(dataset, rows):
+    """The files and lines of training examples, for a message."""
+    words = []
+    for place, task in enumerate(dataset.tasks):
+        lines = sorted(set(dataset.lines[rows[dataset.task_ids[rows] == place]].tolist()))
+        if lines:
+            words.append(f"{task.folder}/{task.train}, line {', '.join(map(str, lines))}")
+    return "; ".join(words)
 
 
 def tokenize(first, second, tokenizer, max_length, chunk=8192):
@@ -360,6 +374,7 @@ def mix(datasets):
         segment_starts=np.concatenate([dataset.segment_starts for dataset in datasets]),
         task_ids=np.repeat(np.arange(len(datasets), dtype=np.int32), [len(dataset) for dataset in datasets]),
         labels=side_by_side([dataset.labels for dataset in datasets]),
+        lines=np.concatenate([dataset.lines for dataset in datasets]),
     )
 
 
@@ -408,6 +423,17 @@ class Batch:
     position_ids: np.ndarray
     cu_seqlens: np.ndarray
     rows: np.ndarray  # (B,) which examples of the Dataset these are
+
+
+def parts(dataset, rows, num_tokens):
+    """The examples `rows` (B,) longest first, cut into as many parts as hold about num_tokens tokens each."""
+    lengths = dataset.offsets[rows + 1] - dataset.offsets[rows]
+    order = np.argsort(-lengths, kind="stable")
+    if not len(rows):  # a process's share of a batch smaller than the number of processes
+        return []
+    ends = np.cumsum(lengths[order])
+    count = -(-ends[-1] // num_tokens)
+    return np.split(rows[order], np.flatnonzero(np.diff((ends - 1) * count // ends[-1])) + 1)
 
 
 def pack(dataset, rows):

@@ -13,6 +13,7 @@ all tasks together; attention alone pads: n sequences of a bucket to L tokens.
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -80,10 +81,12 @@ class AttentionPlan:
     pad         0 1 2 3 4    5 6 7 8 0         9   10      each padded place's token; padding borrows token 0
     unpad       0 1 2 3 4 5 6 7 8 10 11                    each token's padded place
 
-    Made on the host from cu_seqlens (B + 1,) once a batch; every layer uses it, and no step waits for the device.
+    What moves is not a token's row of numbers but its queries, keys and values, head by head, so that every bucket
+    finds its q, k and v as (n, A, L, D) without another copy. Made on the host from cu_seqlens (B + 1,) once a batch;
+    every layer uses it, and no step waits for the device.
     """
 
-    def __init__(self, cu_seqlens, to_device=torch.from_numpy, shrink=0.8):
+    def __init__(self, cu_seqlens, num_heads, to_device=torch.from_numpy, shrink=0.8):
         """shrink: a new bucket begins where a sequence is shorter than this part of its bucket's longest."""
         starts, lengths = np.asarray(cu_seqlens[:-1], np.int64), np.diff(cu_seqlens)
         order = np.argsort(-lengths, kind="stable")
@@ -91,38 +94,48 @@ class AttentionPlan:
         for place, length in enumerate(lengths[order]):
             if length < shrink * lengths[order[cuts[-1]]]:
                 cuts.append(place)
-        self.buckets, pads, reals = [], [], []
+        self.num_heads, self.buckets, tokens = num_heads, [], []
         for rows in np.split(order, cuts[1:]):
             longest = lengths[rows[0]]
             real = np.arange(longest) < lengths[rows, None]  # (n, L)
             mask = None if real.all() else to_device(real[:, None, None])  # (n, 1, 1, L)
             self.buckets.append((len(rows), int(longest), mask))
-            pads.append(np.where(real, starts[rows, None] + np.arange(longest), 0).ravel())
-            reals.append(real.ravel())
-        pad, real = np.concatenate(pads), np.concatenate(reals)
-        unpad = np.empty(int(cu_seqlens[-1]), np.int64)
-        unpad[pad[real]] = np.flatnonzero(real)
-        self.pad, self.unpad = to_device(pad), to_device(unpad)
+            tokens.append(np.where(real, starts[rows, None] + np.arange(longest), -1))
+        # A token has so many rows of A heads: its context; k and v; q, k and v.
+        self.moves = {parts: tuple(map(to_device, self.pad_and_unpad(tokens, parts))) for parts in (1, 2, 3)}
         self.cls = to_device(starts)  # each sequence's first token in the packed row
         # Longest first, and back.
         self.cls_order, self.cls_inverse = to_device(order), to_device(np.argsort(order))
 
+    def pad_and_unpad(self, tokens, parts):
+        """Indices for vectors of D numbers that stand as (T, parts, A) in the batch and as (parts, n, A, L) in a bucket.
+        tokens: each bucket's (n, L), -1 for padding."""
+        part, head, places = np.arange(parts)[:, None, None, None], np.arange(self.num_heads)[:, None], []
+        for token in tokens:
+            vector = (token[:, None] * parts + part) * self.num_heads + head  # (parts, n, A, L)
+            places.append(np.where(token[:, None] < 0, -1, vector).ravel())
+        pad = np.concatenate(places)
+        real = np.flatnonzero(pad >= 0)
+        unpad = np.empty(len(real), np.int64)
+        unpad[pad[real]] = real
+        return np.maximum(pad, 0), unpad
+
 
 class Reindex(torch.autograd.Function):
-    """x[index], to pad or to unpad, with a gradient that copies rows and sums none: padding repeats token 0, but has
-    no gradient, so that each row has one source."""
+    """x[index], to pad or to unpad, with a gradient that copies rows and sums none: padding repeats row 0, but has no
+    gradient, so that each row has one source."""
 
     @staticmethod
     def forward(ctx, x, index, inverse):
         ctx.save_for_backward(index, inverse)
         ctx.rows = len(x)
-        return x[index]
+        return x.index_select(0, index)
 
     @staticmethod
     def backward(ctx, grad):
         index, inverse = ctx.saved_tensors
         if len(index) >= ctx.rows:  # pad: what padding borrowed carries no gradient
-            return grad[inverse], None, None
+            return grad.index_select(0, inverse), None, None
         return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy_(0, index, grad), None, None  # unpad
 
 
@@ -136,25 +149,33 @@ def attend(q, k, v, mask, p):
     return dropout(scores.softmax(-1), p) @ v
 
 
-def attention(q, kv, plan, num_heads, p, only_cls=False):
-    """Self-attention of a packed batch. kv (T, 2H); q (T, H), or with only_cls (B, H). Returns q's shape."""
-    hidden = q.shape[-1]
-    q = q[plan.cls_order] if only_cls else Reindex.apply(q, plan.pad, plan.unpad)
-    kv = Reindex.apply(kv, plan.pad, plan.unpad)
-    queries = q.split([n * (1 if only_cls else length) for n, length, _ in plan.buckets])
-    keys = kv.split([n * length for n, length, _ in plan.buckets])
+def attention(qkv, plan, p, cls_q=None):
+    """Self-attention of a packed batch: qkv (T, 3H) to (T, H). Or of its [CLS] tokens alone, whose queries are cls_q
+    (B, H), over the keys and values (T, 2H) of all: to (B, H)."""
+    heads, parts = plan.num_heads, 3 if cls_q is None else 2
+    size = qkv.shape[-1] // (parts * heads)
+    padded = Reindex.apply(qkv.reshape(-1, size), *plan.moves[parts])
+    inputs = padded.split([parts * n * heads * length for n, length, _ in plan.buckets])
+    if cls_q is not None:
+        queries = cls_q[plan.cls_order].split([n for n, _, _ in plan.buckets])
     outputs = []
-    for (n, length, mask), query, key in zip(plan.buckets, queries, keys, strict=True):
-        query = query.view(n, -1, num_heads, hidden // num_heads).transpose(1, 2)
-        key, value = key.view(n, length, 2, num_heads, hidden // num_heads).permute(2, 0, 3, 1, 4)
-        outputs.append(attend(query, key, value, mask, p).transpose(1, 2).reshape(-1, hidden))
+    for place, (n, length, mask) in enumerate(plan.buckets):
+        *q, k, v = inputs[place].view(parts, n, heads, length, size).unbind()
+        q = q[0] if q else queries[place].view(n, heads, 1, size)
+        outputs.append(attend(q, k, v, mask, p).reshape(-1, size))
     out = torch.cat(outputs)
-    return out[plan.cls_inverse] if only_cls else Reindex.apply(out, plan.unpad, plan.pad)
+    if cls_q is not None:
+        return out.view(-1, heads * size)[plan.cls_inverse]
+    pad, unpad = plan.moves[1]
+    return Reindex.apply(out, unpad, pad).view(-1, heads * size)
 
 
 # ------------------------------------------------------------------------------------------------------------- encoder
 
-LIMITS = {"type_vocab_size": (2, 2**31)}  # low <= value < high; BertConfig's other fields: whole from 1, or 0 to 1
+# low <= value < high; BertConfig's other numbers: whole from 1, or 0 to 1
+LIMITS = {"type_vocab_size": (2, 2**31), "embedding_size": (0, 2**31)}
+KNOWN = {"model_type": ("bert", "electra"), "hidden_act": ("gelu",), "position_embedding_type": ("absolute",),
+         "is_decoder": (False,)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -172,6 +193,12 @@ class BertConfig:
     attention_probs_dropout_prob: float = 0.1
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
+    embedding_size: int = 0  # ELECTRA's may be narrower than hidden_size, which 0 stands for
+    model_type: str = "bert"
+
+    def __post_init__(self):
+        if self.model_type == "bert" or not self.embedding_size:
+            object.__setattr__(self, "embedding_size", self.hidden_size)
 
     @classmethod
     def from_file(cls, path):
@@ -183,14 +210,15 @@ class BertConfig:
             raise CheckpointError(f"{path}: cannot be read ({error}); expected BERT's configuration") from error
         if not isinstance(values, dict):
             raise CheckpointError(f"{path}: expected a JSON object, BERT's configuration")
-        for key, expected in (("model_type", "bert"), ("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
-            if values.get(key, expected) != expected:
-                raise CheckpointError(f"{path}: {key} is {values[key]!r}; expected {expected!r}, as BERT has")
+        for key, known in KNOWN.items():
+            if values.get(key, known[0]) not in known:
+                expected = " or ".join(map(repr, known))
+                raise CheckpointError(f"{path}: {key} is {values[key]!r}; expected {expected} of a BERT-shaped encoder")
         for name, field in cls.__dataclass_fields__.items():
             value = values.get(name, field.default)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             low, high = LIMITS.get(name, (1, 2**31) if field.type is int else (0, 1))
-            if not number or not low <= value < high or value != field.type(value):
+            if name not in KNOWN and not (number and low <= value < high and value == field.type(value)):
                 found = repr(value) if name in values else "missing"
                 raise CheckpointError(f"{path}: {name} is {found}; expected BERT's, {field.type.__name__} from {low}")
         config = cls(**{name: f.type(values[name]) for name, f in cls.__dataclass_fields__.items() if name in values})
@@ -225,9 +253,9 @@ class BertLayer(nn.Module):
             kv = F.linear(x, self.qkv.weight[hidden:], self.qkv.bias[hidden:])
             x = x[plan.cls]
             q = F.linear(x, self.qkv.weight[:hidden], self.qkv.bias[:hidden])
+            context = attention(kv, plan, p_attention, q)
         else:
-            q, kv = self.qkv(x).split([hidden, 2 * hidden], dim=-1)
-        context = attention(q, kv, plan, config.num_attention_heads, p_attention, only_cls)
+            context = attention(self.qkv(x), plan, p_attention)
         out, norm = self.attention_out, self.attention_norm
         x = linear_dropout_add_norm(context, out.weight, out.bias, x, norm.weight, norm.bias, p_hidden, norm.eps)
         inner = linear_gelu(x, self.ffn_in.weight, self.ffn_in.bias)
@@ -244,16 +272,17 @@ class MultiTaskBert(nn.Module):
 
     def __init__(self, config, num_outputs):
         super().__init__()
-        hidden = config.hidden_size
+        hidden, width = config.hidden_size, config.embedding_size
         self.config, self.num_outputs = config, dict(num_outputs)
         ends = np.cumsum(list(num_outputs.values())).tolist()
         self.columns = {task: slice(end - k, end) for (task, k), end in zip(num_outputs.items(), ends, strict=True)}
-        self.word_embeddings = nn.Embedding(config.vocab_size, hidden)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, hidden)
-        self.segment_embeddings = nn.Embedding(config.type_vocab_size, hidden)
-        self.embeddings_norm = nn.LayerNorm(hidden, config.layer_norm_eps)
+        self.word_embeddings = nn.Embedding(config.vocab_size, width)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
+        self.segment_embeddings = nn.Embedding(config.type_vocab_size, width)
+        self.embeddings_norm = nn.LayerNorm(width, config.layer_norm_eps)
+        self.embeddings_project = nn.Linear(width, hidden) if width != hidden else nn.Identity()
         self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
-        self.pooler = nn.Linear(hidden, hidden)
+        self.pooler = nn.Linear(hidden, hidden) if config.model_type == "bert" else None
         self.head = nn.Linear(hidden, ends[-1])
         self.initialize()
 
@@ -286,14 +315,17 @@ class MultiTaskBert(nn.Module):
         """(T,) each to every layer's output: the embeddings' and all but the last layer's (T, H), the last's (B, H)."""
         x = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
         x = self.embeddings_norm(x + self.segment_embeddings(segment_ids))
-        outputs = [dropout(x, self.config.hidden_dropout_prob if self.training else 0.0)]
+        x = dropout(x, self.config.hidden_dropout_prob if self.training else 0.0)
+        outputs = [self.embeddings_project(x)]
         for layer in self.layers:
             outputs.append(layer(outputs[-1], plan, only_cls=layer is self.layers[-1]))
         return outputs
 
     def forward(self, input_ids, segment_ids, position_ids, plan):
         """(T,) each, and the batch's AttentionPlan, to logits (B, K) in float32: every head's on every sequence."""
-        pooled = torch.tanh(self.pooler(self.encode(input_ids, segment_ids, position_ids, plan)[-1]))
+        pooled = self.encode(input_ids, segment_ids, position_ids, plan)[-1]
+        if self.pooler:  # ELECTRA has none: its own fine-tuning puts the heads on [CLS] as it is
+            pooled = torch.tanh(self.pooler(pooled))
         pooled = dropout(pooled.float(), self.config.hidden_dropout_prob if self.training else 0.0)
         with torch.autocast(pooled.device.type, enabled=False):  # in bfloat16 STS-B's scores would tie within 0.02 of 5
             return self.head(pooled)
@@ -316,17 +348,18 @@ NAMES = {
     "position_embeddings": "embeddings.position_embeddings",
     "segment_embeddings": "embeddings.token_type_embeddings",
     "embeddings_norm": "embeddings.LayerNorm",
+    "embeddings_project": "embeddings_project",
     "pooler": "pooler.dense",
 }
 
 
 def public_tensors(model):
     """{public name: our tensor, or the part of it that stands under that name}: views, so writing to them loads."""
-    tensors = {}
+    tensors, encoder = {}, model.config.model_type
     for name, tensor in model.state_dict().items():
         *module, kind = name.split(".")
         if module[0] == "layers":
-            prefix = f"bert.encoder.layer.{module[1]}"
+            prefix = f"{encoder}.encoder.layer.{module[1]}"
             if module[2] == "qkv":
                 thirds = zip(QKV, tensor.chunk(3), strict=True)
                 tensors.update({f"{prefix}.{public}.{kind}": third for public, third in thirds})
@@ -335,7 +368,7 @@ def public_tensors(model):
         elif module[0] == "head":
             tensors.update({f"heads.{task}.{kind}": tensor[columns] for task, columns in model.columns.items()})
         else:
-            tensors[f"bert.{NAMES[module[0]]}.{kind}"] = tensor
+            tensors[f"{encoder}.{NAMES[module[0]]}.{kind}"] = tensor
     return tensors
 
 
@@ -343,12 +376,12 @@ def load_pretrained(folder, num_outputs=None):
     """The model of a folder: config.json and model.safetensors or pytorch_model.bin. Its heads are new ones for
     num_outputs, or, without it (a folder of save_pretrained), those of the file.
 
-    Takes Hugging Face's files with or without the `bert.` prefix, with gamma/beta or weight/bias. A tensor that is
-    missing, left over in the encoder, or of another shape raises CheckpointError and is named.
+    Takes Hugging Face's files with or without the `bert.` or `electra.` prefix, with gamma/beta or weight/bias. A
+    tensor that is missing, left over in the encoder, or of another shape raises CheckpointError and is named.
     """
     folder, new_heads = Path(folder), num_outputs is not None
     config = BertConfig.from_file(folder / "config.json")
-    path, found = read_weights(folder)
+    path, found = read_weights(folder, f"{config.model_type}.")
     if not new_heads:
         heads = [name.split(".")[1] for name in found if name.startswith("heads.") and name.endswith(".weight")]
         num_outputs = {task: len(found[f"heads.{task}.weight"]) for task in heads}
@@ -368,7 +401,7 @@ def load_pretrained(folder, num_outputs=None):
     for name, tensor in public_tensors(model).items():
         if not (name.startswith("heads.") and new_heads):
             tensor.copy_(found.pop(name))
-    left = sorted(name for name in found if name.startswith("bert."))
+    left = sorted(name for name in found if name.startswith(f"{config.model_type}."))
     if left:
         raise CheckpointError(f"{path}: tensor {left[0]!r} (one of {len(left)}) has no place in config.json's encoder")
     if new_heads:
@@ -376,8 +409,8 @@ def load_pretrained(folder, num_outputs=None):
     return model
 
 
-def read_weights(folder):
-    """(file, {public name with `bert.`: tensor}) of a checkpoint's folder."""
+def read_weights(folder, prefix):
+    """(file, {public name with the encoder's prefix: tensor}) of a checkpoint's folder."""
     path = folder / WEIGHTS[0]
     if path.exists():
         tensors = read_safetensors(path)
@@ -391,14 +424,14 @@ def read_weights(folder):
         if not isinstance(tensors, dict):
             raise CheckpointError(f"{path}: holds a {type(tensors).__name__}; expected names and tensors")
         tensors = {name: t for name, t in tensors.items() if isinstance(name, str) and is_plain(t)}
-    prefixed = any(name.startswith("bert.") for name in tensors)
+    prefixed = any(name.startswith(prefix) for name in tensors)
     found = {}
     for name, tensor in tensors.items():
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
         if name.endswith("embeddings.position_ids"):  # 0, 1, 2, ...: a constant that old files store
             continue
-        encoder = name.startswith(("embeddings.", "encoder.", "pooler."))
-        found["bert." + name if encoder and not prefixed else name] = tensor
+        encoder = name.startswith(("embeddings.", "embeddings_project.", "encoder.", "pooler."))
+        found[prefix + name if encoder and not prefixed else name] = tensor
     return path, found
 
 
@@ -417,7 +450,7 @@ def read_safetensors(path):
         if size < 8 or length > size - 8:
             raise CheckpointError(f"{path}: is cut off: {size} bytes cannot hold its header of {length}")
         try:
-            entries = read_header(file.read(length))
+            entries, digest = read_header(file.read(length))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path}: header cannot be understood ({error!r}); expected safetensors") from error
     data = np.memmap(path, np.uint8, "c", offset=8 + length) if size > 8 + length else np.empty(0, np.uint8)
@@ -429,20 +462,31 @@ def read_safetensors(path):
             raise CheckpointError(f"{path}: tensor {name!r}: bytes {start} to {end} do not hold {dtype} {shape}")
         tensors[name] = torch.from_numpy(np.array(data[start:end])).view(dtype).view(shape)
         place = end
+    if digest and digest != sha256(entries, [data]):
+        raise CheckpointError(f"{path}: is damaged: its content does not have the sha256 that its header states")
     return tensors
 
 
 def read_header(text):
-    """A safetensors header to {name: (dtype, shape, first byte, end)}; what is odd raises one error or another."""
-    entries = {}
-    for name, entry in json.loads(text, object_pairs_hook=unique).items():
-        if name != "__metadata__":
-            shape, (start, end) = entry["shape"], entry["data_offsets"]
-            numbers = isinstance(shape, list) and all(type(n) is int for n in (*shape, start, end))
-            if not numbers or min(shape, default=1) < 1:
-                raise ValueError(f"{name}: shape {shape}, bytes {start} to {end}")
-            entries[name] = DTYPES[entry["dtype"]], shape, start, end
-    return entries
+    """A safetensors header to {name: (dtype, shape, first byte, end)} and the sha256 that write_safetensors put there,
+    or None; what is odd raises one error or another."""
+    entries, header = {}, json.loads(text, object_pairs_hook=unique)
+    digest = header.pop("__metadata__", {}).get("sha256")
+    for name, entry in header.items():
+        shape, (start, end) = entry["shape"], entry["data_offsets"]
+        numbers = isinstance(shape, list) and all(type(n) is int for n in (*shape, start, end))
+        if not numbers or min(shape, default=1) < 1:
+            raise ValueError(f"{name}: shape {shape}, bytes {start} to {end}")
+        entries[name] = DTYPES[entry["dtype"]], shape, start, end
+    return entries, digest
+
+
+def sha256(entries, blobs):
+    """Of a safetensors file's content: names, types, shapes and places, then the data."""
+    digest = hashlib.sha256(repr(entries).encode())
+    for blob in blobs:
+        digest.update(blob)
+    return digest.hexdigest()
 
 
 def unique(pairs):
@@ -463,18 +507,21 @@ def whole(path):
 
 
 def write_safetensors(path, tensors, metadata=None):
-    """Write {name: tensor}, read_safetensors' inverse; the file appears whole or not at all."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    header, end = {"__metadata__": metadata} if metadata else {}, 0
+    """Write {name: tensor}, read_safetensors' inverse; the file appears whole or not at all, and states its sha256."""
+    names, entries, end = {dtype: name for name, dtype in DTYPES.items()}, {}, 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        entries[name] = tensor.dtype, list(tensor.shape), start, end
+    blobs = [tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for tensor in tensors.values()]
+    header = {"__metadata__": {"sha256": sha256(entries, blobs), **(metadata or {})}}
+    for name, (dtype, shape, start, end) in entries.items():
+        header[name] = {"dtype": names[dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with whole(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        for blob in blobs:
+            file.write(blob)
 
 
 def save_pretrained(model, folder, **more):
@@ -485,22 +532,37 @@ def save_pretrained(model, folder, **more):
 
 
 def write_config(model, folder, **more):
-    config = {"model_type": "bert", "hidden_act": "gelu", **asdict(model.config), **more}
+    config = {"hidden_act": "gelu", **asdict(model.config), **more}
     with whole(folder / "config.json") as file:
         file.write(json.dumps(config, indent=2).encode() + b"\n")
+
+
+def public_head(encoder, weight, bias):
+    """One task's head, weight (k, H), as Hugging Face's. ELECTRA's there has two layers with a GELU between them, which
+    give the same logits: the first W and -W, the second the difference, as GELU(x) - GELU(-x) = x."""
+    if encoder == "bert":
+        return {"classifier.weight": weight, "classifier.bias": bias}
+    (k, hidden), one = weight.shape, torch.eye(len(weight))
+    dense, out = torch.zeros(hidden, hidden), torch.zeros(k, hidden)
+    dense[: 2 * k], out[:, : 2 * k] = torch.cat([weight, -weight]), torch.cat([one, -one], 1)
+    tensors = {"dense.weight": dense, "dense.bias": torch.zeros(hidden), "out_proj.weight": out, "out_proj.bias": bias}
+    return {f"classifier.{name}": tensor for name, tensor in tensors.items()}
 
 
 def export(model, folder, task=None, labels=()):
     """Write what Hugging Face's AutoModel loads or, with a task, AutoModelForSequenceClassification, whose logits are
     this model's; labels are the task's words, none for a score."""
-    tensors = {name: tensor for name, tensor in public_tensors(model).items() if name.startswith("bert.")}
+    encoder = model.config.model_type
+    tensors = {name: tensor for name, tensor in public_tensors(model).items() if name.startswith(f"{encoder}.")}
     if task is None:
-        write_config(model, folder, architectures=["BertModel"])
+        write_config(model, folder, architectures=[f"{encoder.capitalize()}Model"])
     else:
-        tensors |= {f"classifier.{kind}": getattr(model.head, kind)[model.columns[task]] for kind in ("weight", "bias")}
+        tensors |= public_head(
+            encoder, *(getattr(model.head, kind)[model.columns[task]] for kind in ("weight", "bias"))
+        )
         names = dict(enumerate(labels or ["score"]))
         kind = "single_label_classification" if labels else "regression"
         label2id = {name: index for index, name in names.items()}
         shape = {"id2label": names, "label2id": label2id, "problem_type": kind}
-        write_config(model, folder, architectures=["BertForSequenceClassification"], **shape)
+        write_config(model, folder, architectures=[f"{encoder.capitalize()}ForSequenceClassification"], **shape)
     write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
