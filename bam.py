@@ -16,6 +16,7 @@ starts as an imitation and ends above its teachers:
 
 import argparse
 import contextlib
+import copy
 import datetime
 import hashlib
 import itertools
@@ -31,6 +32,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
 import torch.distributed as dist
 
@@ -91,6 +93,11 @@ REGIMES = {
     "multi-multi": Regime("Multi→Multi", multi=True, teacher="multi"),
     "single-multi": Regime("Single→Multi", multi=True, teacher="single"),  # BAM
 }
+# With --teacher-checkpoint the teachers are rows of their own.
+ROWS = {
+    f"{name}-teacher": replace(REGIMES[name], label=f"{REGIMES[name].label}, teacher") for name in ("single", "multi")
+}
+ROWS |= REGIMES
 
 # ------------------------------------------------------------------------------------- the idea (the paper, section 3)
 
@@ -213,7 +220,8 @@ def one_before(path):
 #
 # `run` (class Run, below) is what all stages share, a stage being the training of one model: run.tasks,
 # run.data[task.name][split], run.single_recipe, run.multi_recipe, run.checkpoint, run.folder, run.device, and
-# run.write(f, ...): rank 0 calls f, the others wait; run.exists(path): what rank 0 sees.
+# run.write(f, ...): rank 0 calls f, the others wait; run.exists(path): what rank 0 sees. run.teachers is the run that
+# trains the teachers: the same one, or, with --teacher-checkpoint, one like it with another checkpoint and its tokens.
 
 MIN_TOKENS = 256  # at once, where memory is short
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
@@ -438,8 +446,8 @@ def evaluate(model, run, tasks, folder):
 
 
 # ---------------------------------------------------------------------------------------------------------- born again
-# A student has its teacher's architecture and starts from the same public checkpoint, not from the teacher's weights:
-# what passes from one to the other is an array of logits, one row for each training example.
+# A student starts from a public checkpoint, not from its teacher's weights; in the paper from the same one, so that it
+# has its teacher's architecture. What passes from one to the other is an array of logits, one row a training example.
 
 
 def run_regime(run, name, trial, number=1):
@@ -450,8 +458,8 @@ def run_regime(run, name, trial, number=1):
     """
     regime = REGIMES[name]
     numbers = range(1, run.num_teachers + 1) if regime.teacher else ()
-    teachers = [run_regime(run, regime.teacher, trial, other) for other in numbers]
-    top = run.folder / f"trial-{trial}" / (name if number == 1 else f"{name}-{number}")
+    teachers = [run_regime(run.teachers, regime.teacher, trial, other) for other in numbers]
+    top = run.folder / f"trial-{trial}" / (name + run.suffix + (f"-{number}" if number > 1 else ""))
     recipe, models = run.multi_recipe if regime.multi else run.single_recipe, stages(run, regime, top)
     for folder, tasks in models.items():
         if not run.exists(folder / "scores.json"):
@@ -473,7 +481,9 @@ def train_stage(run, tasks, recipe, teachers, folder):
     else:
         torch.manual_seed(seed)
         model = load_pretrained(run.checkpoint, {task.name: task.num_outputs for task in tasks}).to(run.device)
-        teacher_logits = side_by_side([average_teacher(run, task, teachers) for task in tasks]) if teachers else None
+        teacher_logits = (
+            side_by_side([average_teacher(run.teachers, task, teachers) for task in tasks]) if teachers else None
+        )
         dataset = mix([run.data[task.name]["train"] for task in tasks])
         train(model, run, dataset, teacher_logits, recipe, seed, folder)
         run.write(shutil.copyfile, run.checkpoint / "vocab.txt", folder / "vocab.txt")
@@ -522,7 +532,7 @@ def stage_seed(run, folder):
 def collect(run, trials):
     """{regime: [each trial's {task: {split: {metric: percent}}}]} of the rows that are finished in every trial."""
     results = {}
-    for name, regime in REGIMES.items():
+    for name, regime in ROWS.items():
         tops = [run.folder / f"trial-{trial}" / name for trial in range(1, trials + 1)]
         files = [[folder / "scores.json" for folder in stages(run, regime, top)] for top in tops]
         if all(file.exists() for trial in files for file in trial):
@@ -543,7 +553,7 @@ def table(run, results):
     single = columns_of_table(run, results["single"]) if "single" in results else None
     for name, result in results.items():
         columns = columns_of_table(run, result)
-        rows.append([REGIMES[name].label, *(f"{np.median(column):.1f}" for column in columns)])
+        rows.append([ROWS[name].label, *(f"{np.median(column):.1f}" for column in columns)])
         if len(columns[0]) > 1:
             rows.append(["  min to max", *(f"{min(column):.1f}–{max(column):.1f}" for column in columns)])
             if single and name != "single":
@@ -677,7 +687,7 @@ class Device:
         bert.COMPILE = on_cuda if args.compile is None else args.compile
         # What is in memory at once, in training and in predicting: what fills the device, and no more.
         self.tokens_at_once = 8192 if on_cuda else 2048
-        self.stop_asked = False
+        self.signals = []  # asking to stop
 
     def to_device(self, array):
         tensor = torch.from_numpy(array)
@@ -690,11 +700,11 @@ class Device:
 
     def ask_to_stop(self, signal_number, _):
         """Stop at the next step, with everything saved; asked a second time, at once."""
-        self.stop_asked = True
+        self.signals.append(signal_number)
         signal.signal(signal_number, signal.SIG_DFL)
 
     def stop_if_asked(self):
-        if self.stop_asked:
+        if self.signals:
             raise KeyboardInterrupt
 
 
@@ -714,15 +724,20 @@ class Run(Device):
             self.log = open(self.folder / "log.txt" if RANK == 0 else os.devnull, "a", encoding="utf-8")
         except OSError as error:
             raise UsageError(f"{self.folder}: cannot be written ({error.strerror}); --out names another") from error
+        self.limit, self.suffix, self.teachers = args.limit, "", self
         if args.demo:
-            data, self.checkpoint = self.demo()
+            self.data_folder, checkpoint = self.demo()
         else:
-            data, self.checkpoint = Path(args.data), checkpoint_folder(args.checkpoint)
-            self.write(download, data, self.checkpoint, args.checkpoint)
-        self.config = load_pretrained(self.checkpoint, {"": 1}).config  # a bad checkpoint is found before any work
-        self.read(data, args.limit)
+            self.data_folder, checkpoint = Path(args.data), checkpoint_folder(args.checkpoint)
+            self.write(download, self.data_folder, checkpoint, args.checkpoint)
+        self.open_checkpoint(checkpoint)
+        if args.teacher_checkpoint:
+            self.teachers, checkpoint = copy.copy(self), checkpoint_folder(args.teacher_checkpoint)
+            self.teachers.suffix = "-teacher"
+            self.write(download, self.data_folder, checkpoint, args.teacher_checkpoint)
+            self.teachers.open_checkpoint(checkpoint)
         self.check_sizes()
-        self.refuse_other(self.identity(data, args.limit))
+        self.refuse_other(self.identity())
 
     def demo(self):
         """Generated GLUE, its vocabulary and a tiny BERT of random weights: (data, checkpoint)."""
@@ -731,25 +746,43 @@ class Run(Device):
             self.write(write_demo, data, checkpoint)
         return data, checkpoint
 
-    def read(self, data, limit):
-        """Read and tokenize every split, so that bad input is found before any work."""
-        tokenizer, length = glue_data.Tokenizer(self.checkpoint / "vocab.txt"), self.single_recipe.max_length
+    def open_checkpoint(self, checkpoint):
+        """Read and tokenize every split with its vocabulary, so that bad input is found before any work."""
+        self.checkpoint, data, length = checkpoint, self.data_folder, self.single_recipe.max_length
+        self.config = load_pretrained(checkpoint, {"": 1}).config
+        tokenizer = glue_data.Tokenizer(checkpoint / "vocab.txt")
         if tokenizer.size > self.config.vocab_size:
             found = f"{tokenizer.size} tokens; expected {self.config.vocab_size}, the rows of config.json's embedding"
-            raise CheckpointError(f"{self.checkpoint / 'vocab.txt'}: {found}")
+            raise CheckpointError(f"{checkpoint / 'vocab.txt'}: {found}")
         if length > self.config.max_position_embeddings:
             raise UsageError(f"--max-length: the checkpoint has {self.config.max_position_embeddings} positions")
         self.say(f"reading {', '.join(task.folder for task in self.tasks)} from {data}")
         self.data = {}
         for task in self.tasks:
             tests = [split for split, file in task.test if (data / task.folder / file).exists()]
-            self.data[task.name] = {
-                split: glue_data.load_dataset(task, split, data, tokenizer, length, limit if split == "train" else None)
-                for split in ("train", *dict(task.dev), *tests)
-            }
+            splits = ("train", *dict(task.dev), *tests)
+            self.data[task.name] = {split: self.read(task, split, tokenizer) for split in splits}
         wnli = glue_data.TASKS["wnli"]
         present = (data / wnli.folder / wnli.files["WNLI"]).exists()
         self.wnli_test_rows = len(glue_data.read_split(wnli, "WNLI", data).first) if present else 0
+
+    def read(self, task, split, tokenizer):
+        """A split, tokenized once: tokens/ keeps it for the same file, vocabulary, settings and code."""
+        source, limit = self.data_folder / task.folder / task.files[split], self.limit if split == "train" else None
+        arguments = task, split, self.data_folder, tokenizer, self.single_recipe.max_length, limit
+        if not source.is_file():
+            return glue_data.load_dataset(*arguments)  # which says what is wrong
+        files = [file_digest(path) for path in (source, self.checkpoint / "vocab.txt", Path(glue_data.__file__))]
+        key = hashlib.sha256(repr((task, split, arguments[4:], files, tokenizers.__version__)).encode()).hexdigest()
+        path = self.folder / "tokens" / f"{task.name}-{split}-{key[:16]}.safetensors"
+        if self.exists(path):
+            with contextlib.suppress(CheckpointError):  # damaged
+                return glue_data.Dataset((task,), **{k: v.numpy() for k, v in bert.read_safetensors(path).items()})
+        dataset = glue_data.load_dataset(*arguments)
+        arrays = {entry.name: torch.from_numpy(getattr(dataset, entry.name)) for entry in fields(dataset)[1:]}
+        self.write(path.parent.mkdir, exist_ok=True)
+        self.write(bert.write_safetensors, path, arrays)
+        return dataset
 
     def check_sizes(self):
         """Every model that will be trained gets at least one step."""
@@ -763,16 +796,19 @@ class Run(Device):
                 steps = f"{recipe.epochs:g} epochs in batches of {recipe.batch_size} are less than one step"
                 raise UsageError(f"{names}: {rows} training rows, {steps}")
 
-    def identity(self, data, limit):
+    def identity(self):
         """What decides the numbers (but for dropout's draws, which the number of processes decides too), so that stages
         of different runs never mix. Files by what they are, wherever they lie."""
+        names, data = ("config.json", "vocab.txt", *bert.WEIGHTS), self.data_folder
         files = {f"{t.folder}/{file}": data / t.folder / file for t in self.tasks for file in t.files.values()}
-        files |= {name: self.checkpoint / name for name in ("config.json", "vocab.txt", *bert.WEIGHTS)}
+        files |= {name: self.checkpoint / name for name in names}
+        if self.teachers is not self:
+            files |= {f"teacher/{name}": self.teachers.checkpoint / name for name in names}
         return {
             "tasks": [task.name for task in self.tasks],
             "seed": self.seed,
             "teachers": self.num_teachers,
-            "limit": limit,
+            "limit": self.limit,
             "precision": "bfloat16" if self.bfloat16 else "float32",
             "single": asdict(self.single_recipe),
             "multi": asdict(self.multi_recipe),
@@ -820,14 +856,15 @@ class Run(Device):
 
     def time_to_save(self, step):
         """Whether minutes have passed, or somebody asked to stop; every process gets the same answer."""
-        code = 2 if self.stop_asked else int(time.time() - self.saved_at > self.save_every)
+        code = 2 if self.signals else int(time.time() - self.saved_at > self.save_every)
         if WORLD > 1:
             if step % Progress.EVERY:  # agreeing makes the host wait for the device
                 return False
             agreed = torch.tensor(code, device=self.device)
             dist.all_reduce(agreed, dist.ReduceOp.MAX)
             code = int(agreed)
-        self.stop_asked |= code == 2
+        if code == 2 and not self.signals:  # another process was asked
+            self.signals.append(signal.SIGTERM)
         if code:
             self.saved_at = time.time()
         return code > 0
@@ -952,6 +989,7 @@ def build_parser():
     add("--seed", type=int, default=0, help="trial 1's; every stage of every trial derives its own (default 0)")
     add("--data", help="the GLUE folder; downloaded if it is not there (default glue_data)")
     add("--checkpoint", help="a folder, or a public name (default google-bert/bert-base-uncased)")
+    add("--teacher-checkpoint", help="another one for the teachers: only their outputs reach the student")
     add("--out", help="run directory; repeating the command goes on there (default runs/TASK)")
     add("--limit", type=int, help="at most so many rows of each training set, evenly spaced (default: all)")
     add("--demo", action="store_true", help="generated data and a tiny BERT: no download, two minutes")

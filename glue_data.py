@@ -14,11 +14,11 @@ several tasks side by side.
 """
 
 import io
+import itertools
 import json
 import random
 import shutil
 import zipfile
-from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -229,12 +229,22 @@ class Tokenizer:
         self.backend = tokenizers.Tokenizer(wordpiece)
         self.backend.normalizer = normalizers.BertNormalizer(lowercase=self.lowercase)
         self.backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        self.known = {}  # {what stands between two spaces: its ids}
 
-    def __call__(self, texts):
-        """Sentences to lists of token ids, without special tokens."""
+    def __call__(self, texts, chunk=8192):
+        """Sentences to lists of token ids, without special tokens; a chunk at a time, since words take memory."""
+        chunks = [texts[start : start + chunk] for start in range(0, len(texts), chunk)]
+        return [ids for part in chunks for ids in self.encode(part)]
+
+    def encode(self, texts):
+        """A space always ends a token, so what stands between two is tokenized once, however often it occurs."""
         if self.lowercase:  # here, since Python knows the Greek final sigma, as the original does, and Rust does not
             texts = [text.lower() for text in texts]
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        sentences, known = [text.split(" ") for text in texts], self.known
+        new = list(set(itertools.chain.from_iterable(sentences)) - known.keys())
+        encodings = self.backend.encode_batch_fast(new, add_special_tokens=False)
+        known.update((word, encoding.ids) for word, encoding in zip(new, encodings, strict=True))
+        return [list(itertools.chain.from_iterable([known[word] for word in words])) for words in sentences]
 
 
 def save_tokenizer(vocab_file, folder, max_length):
@@ -280,7 +290,8 @@ def read_vocab(path):
 def truncated_lengths(len_a, len_b, limit):
     """How much of a pair stays if tokens are popped off the longer side, off b on a tie, until `limit` are left."""
     half_b = limit // 2  # where both are long, the odd token is a's
-    return min(len_a, max(limit - half_b, limit - len_b)), min(len_b, max(half_b, limit - len_a))
+    kept_a = np.minimum(len_a, np.maximum(limit - half_b, limit - len_b))
+    return kept_a, np.minimum(len_b, np.maximum(half_b, limit - len_a))
 
 
 @dataclass(frozen=True)
@@ -340,23 +351,27 @@ def where(dataset, rows):
     return "; ".join(words)
 
 
-def tokenize(first, second, tokenizer, max_length, chunk=8192):
+def tokenize(first, second, tokenizer, max_length):
     """Sentences to one flat array of ids, each example's length, and where its segment 1 starts."""
-    input_ids, lengths, segment_starts = array("i"), array("i"), array("i")
-    for start in range(0, len(first), chunk):
-        all_a = tokenizer(first[start : start + chunk])
-        all_b = tokenizer(second[start : start + chunk]) if second else [[]] * len(all_a)
-        for a, b in zip(all_a, all_b, strict=True):
-            if b:
-                len_a, len_b = truncated_lengths(len(a), len(b), max_length - 3)
-                example = [tokenizer.cls_id, *a[:len_a], tokenizer.sep_id, *b[:len_b], tokenizer.sep_id]
-            else:  # one sentence, or a second one of which no token is left
-                len_a = min(len(a), max_length - 2)
-                example = [tokenizer.cls_id, *a[:len_a], tokenizer.sep_id]
-            input_ids.extend(example)
-            lengths.append(len(example))
-            segment_starts.append(len_a + 2)
-    return tuple(np.array(values, np.int32) for values in (input_ids, lengths, segment_starts))
+    ids_a, all_a = flatten(tokenizer(first))
+    ids_b, all_b = flatten(tokenizer(second) if second else [[]] * len(first))
+    pair = all_b > 0  # else one sentence, or a second one of which no token is left
+    len_a, len_b = truncated_lengths(all_a, all_b, max_length - 2 - pair)
+    lengths = len_a + len_b + 2 + pair
+    ends = np.cumsum(lengths, dtype=np.int64)
+    starts = ends - lengths
+    input_ids = np.full(ends[-1], tokenizer.sep_id, np.int32)
+    input_ids[starts] = tokenizer.cls_id
+    for ids, whole, kept, start in ((ids_a, all_a, len_a, starts + 1), (ids_b, all_b, len_b, starts + 2 + len_a)):
+        inside = np.arange(kept.sum()) - np.repeat(np.cumsum(kept) - kept, kept)  # 0 1 2, 0 1, ...
+        input_ids[np.repeat(start, kept) + inside] = ids[np.repeat(np.cumsum(whole) - whole, kept) + inside]
+    return input_ids, lengths.astype(np.int32), (len_a + 2).astype(np.int32)
+
+
+def flatten(lists):
+    """Lists of ids to one array, and each one's length."""
+    lengths = np.fromiter(map(len, lists), np.int64, len(lists))
+    return np.fromiter(itertools.chain.from_iterable(lists), np.int32, lengths.sum()), lengths
 
 
 # -------------------------------------------------------------------------------------------------------------- mixing

@@ -2007,9 +2007,9 @@ def circles(tree, regime):
 def test_figure_names_are_those_of_the_table():
     """figure.py imports nothing of ours, so it repeats names; they are the same, in the same order."""
     assert figure.TASKS == {task.name: task.folder for task in glue_data.TASKS.values()}
-    assert figure.REGIMES == {name: regime.label for name, regime in bam.REGIMES.items()}
-    assert list(figure.REGIMES) == list(bam.REGIMES)
-    assert all(f".{name} {{" in figure.STYLE for name in bam.REGIMES)
+    assert figure.REGIMES == {name: regime.label for name, regime in bam.ROWS.items()}
+    assert list(figure.REGIMES) == list(bam.ROWS)
+    assert all(f".{name}" in figure.STYLE for name in bam.ROWS)
 
 
 def test_figure_imports_the_standard_library_alone():
