@@ -194,14 +194,14 @@ class Adam:
             path.replace(one_before(path))
         bert.write_safetensors(path, self.state(step))
 
-    def load(self, path):
-        """Restore what save wrote, and return its step. Raises CheckpointError, and changes nothing."""
-        saved, expected = bert.read_safetensors(path), self.state(0)
-        shapes, expected_shapes = ({name: list(t.shape) for name, t in d.items()} for d in (saved, expected))
-        if shapes != expected_shapes:
-            raise CheckpointError(f"{path}: holds {shapes}; expected {expected_shapes}")
+    def load(self, path, num_steps):
+        """Restore what save wrote, and return its step, one of num_steps. Raises CheckpointError, and changes nothing."""
+        saved, state = bert.read_safetensors(path), self.state(0)
+        found, expected = ({name: (t.dtype, tuple(t.shape)) for name, t in d.items()} for d in (saved, state))
+        if found != expected or not 0 <= saved["step"] <= num_steps:
+            raise CheckpointError(f"{path}: holds {found}; expected {expected} of a step up to {num_steps}")
         for name in ("values", "mean", "square"):
-            expected[name].copy_(saved[name])
+            state[name].copy_(saved[name])
         return int(saved["step"])
 
 
@@ -296,13 +296,13 @@ def add_gradients_within_memory(optimizer, model, run, *batch):
         optimizer.gradients.zero_()
 
 
-def resume(optimizer, run, path):
+def resume(optimizer, run, path, num_steps):
     """Restore the latest checkpoint and return its step, 0 where there is none. A damaged one is named, and the one
     before used."""
     for candidate in (path, one_before(path)):
         if run.exists(candidate):
             try:
-                return optimizer.load(candidate)
+                return optimizer.load(candidate, num_steps)
             except CheckpointError as error:
                 run.say(f"{error}; going back to the one before it")
     return 0
@@ -320,7 +320,7 @@ def train(model, run, dataset, teacher_logits, recipe, seed, folder):
     schedule = sample_schedule(sizes, num_steps, recipe.batch_size, recipe.exponent, seed)
     schedule = first_row[schedule[..., 0]] + schedule[..., 1]  # (num_steps, batch_size) rows of the whole dataset
     targets, optimizer = Targets(run, dataset, teacher_logits), Adam(model, recipe)
-    start = resume(optimizer, run, folder / CHECKPOINT)
+    start = resume(optimizer, run, folder / CHECKPOINT, num_steps)
     progress = Progress(run, folder, start, recipe, dataset, schedule)
     model.train()
     for step in range(start, num_steps):
@@ -353,9 +353,9 @@ class Progress:
         self.examples = self.tokens = 0
         path = folder / "metrics.jsonl"
         if RANK == 0:
-            lines = path.read_text("utf-8").splitlines(keepends=True) if start and path.exists() else []
-            lines = [line for line in lines if line.endswith("\n")]  # a kill can leave half a line
-            write_whole(path, "".join(line for line in lines if json.loads(line)["step"] < start))
+            lines = read_file(path).split(b"\n")[:-1] if start and path.exists() else []  # a kill can leave half a line
+            steps = [parse(line, f"{path}, line {number}", logged_step) for number, line in enumerate(lines, 1)]
+            write_whole(path, b"".join(line + b"\n" for line, step in zip(lines, steps, strict=True) if step < start))
         self.metrics = open(path if RANK == 0 else os.devnull, "a", encoding="utf-8")
 
     def step(self, step, loss, norm, gold_weight, tokens):
@@ -406,6 +406,12 @@ class Progress:
 
     def close(self):
         self.metrics.close()
+
+
+def logged_step(entry):
+    if type(entry["step"]) is not int:
+        raise ValueError(f"step {entry['step']!r}")
+    return entry["step"]
 
 
 # ---------------------------------------------------------------------------------------------------------- predicting
@@ -477,7 +483,7 @@ def train_stage(run, tasks, recipe, teachers, folder):
     run.write(folder.mkdir, parents=True, exist_ok=True)
     seed = stage_seed(run, folder)
     if run.exists(folder / "model.safetensors"):
-        model = load_pretrained(folder).to(run.device)
+        model = load_trained(folder, tasks).to(run.device)
     else:
         torch.manual_seed(seed)
         model = load_pretrained(run.checkpoint, {task.name: task.num_outputs for task in tasks}).to(run.device)
@@ -494,19 +500,29 @@ def train_stage(run, tasks, recipe, teachers, folder):
     run.write(write_whole, folder / "scores.json", to_json(scores))
 
 
+def load_trained(folder, tasks):
+    """The model that an earlier stage has left, which has to have heads for the tasks."""
+    model = load_pretrained(folder)
+    for task in tasks:
+        if model.num_outputs.get(task.name) != task.num_outputs:
+            problem = f"{model.num_outputs.get(task.name, 'no')} outputs for {task.name}; expected {task.num_outputs}"
+            raise CheckpointError(f"{folder / bert.WEIGHTS[0]}: {problem}")
+    return model
+
+
 def teacher_outputs(run, task, folder):
     """A teacher's logits (N, outputs) on its own training set, row by row; both orders of the symmetric tasks."""
     path = folder / f"{task.name}.train-logits.npy"
     if not run.exists(path):
-        logits = predict(load_pretrained(folder).to(run.device), run, run.data[task.name]["train"], task)
+        logits = predict(load_trained(folder, [task]).to(run.device), run, run.data[task.name]["train"], task)
         run.write(write_whole, path, logits)
     shape = run.data[task.name]["train"].labels.shape
     try:
-        logits = np.load(path).reshape(shape)
-        if not np.isfinite(logits).all():
-            raise ValueError("they are not finite")
+        logits = np.load(path)
+        if (logits.dtype, logits.shape) != (np.float32, shape) or not np.isfinite(logits).all():
+            raise ValueError(f"holds {logits.shape} of {logits.dtype}, or not finite")
         return logits
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # a damaged array raises whatever it stumbles over
         raise UsageError(
             f"{path}: cannot be used ({error}); expected a teacher's logits, {shape}; delete it"
         ) from error
@@ -534,10 +550,33 @@ def collect(run, trials):
     results = {}
     for name, regime in ROWS.items():
         tops = [run.folder / f"trial-{trial}" / name for trial in range(1, trials + 1)]
-        files = [[folder / "scores.json" for folder in stages(run, regime, top)] for top in tops]
-        if all(file.exists() for trial in files for file in trial):
-            results[name] = [dict(item for file in trial for item in read_json(file).items()) for trial in files]
+        trials_models = [stages(run, regime, top) for top in tops]
+        if all((folder / "scores.json").exists() for models in trials_models for folder in models):
+            results[name] = [
+                dict(item for folder, tasks in models.items() for item in read_scores(folder, tasks).items())
+                for models in trials_models
+            ]
     return results
+
+
+def read_scores(folder, tasks):
+    """{task: {split: {metric: percent, or None}}} of a model of these tasks, and of nothing else."""
+
+    def percent(value):
+        if value is not None and not (type(value) in (int, float) and abs(value) < 101):
+            raise ValueError(f"{value!r} is not percent")
+        return value
+
+    def known(scores):
+        return {
+            task.name: {
+                split: {metric: percent(scores[task.name][split][metric]) for metric in task.metrics}
+                for split, _ in task.dev
+            }
+            for task in tasks
+        }
+
+    return read_json(folder / "scores.json", known)
 
 
 def columns_of_table(run, trials):
@@ -579,7 +618,7 @@ def submit(run, folders, folder):
             elif task in run.tasks and name in run.data[task.name]:
                 if folders[task.name] != loaded:  # one model in memory at a time
                     loaded = folders[task.name]
-                    model = load_pretrained(loaded).to(run.device)
+                    model = load_trained(loaded, [task]).to(run.device)
                 logits = predict(model, run, run.data[task.name][name], task)
                 predictions[name] = glue_data.answers(task, logits)
             else:
@@ -597,7 +636,8 @@ def finished_models(args):
     folders, tasks = {}, glue_data.resolve(args.task)
     for name in regimes_of(args.regime, tasks) if args.regime else REGIMES:  # later rows replace earlier ones
         for path in sorted(Path(args.out).glob(f"trial-1/{name}/**/scores.json")):
-            folders |= dict.fromkeys(read_json(path), path.parent)
+            tasks = read_json(path, lambda scores: [glue_data.TASKS[name].name for name in scores])
+            folders |= dict.fromkeys(tasks, path.parent)
     if not folders:
         raise UsageError(f"{args.out}: no finished model there; expected the run directory of an earlier command")
     return folders
@@ -606,12 +646,11 @@ def finished_models(args):
 def own_text(args, task):
     """The sentences that --text and --text2, or --predict, give: (first, second or None)."""
     if args.predict:
-        try:
-            data = sys.stdin.buffer.read() if args.predict == "-" else Path(args.predict).read_bytes()
-        except OSError as error:
-            raise UsageError(f"{args.predict}: cannot be read ({error.strerror})") from error
+        data = sys.stdin.buffer.read() if args.predict == "-" else read_file(Path(args.predict))
         return glue_data.read_sentences(task, data, args.predict)
     texts = [text for text in (args.text, args.text2) if text is not None]
+    if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
+        raise UsageError("--text: is not UTF-8")
     if len(texts) != len(task.text):
         raise UsageError(f"{task.name} takes {len(task.text)} text(s): --text{' and --text2' * (len(task.text) - 1)}")
     return texts[:1], texts[1:] or None
@@ -624,29 +663,45 @@ def predict_text(args):
         raise UsageError(f"--task: no model of {args.task!r} in {args.out}; there are {', '.join(folders)}")
     task, folder = tasks[0], folders[tasks[0].name]
     first, second = own_text(args, task)
-    labels = read_json(folder / "config.json").get("heads", {}).get(task.name, task.labels)
-    max_length = read_json(Path(args.out) / "config.json")["single"]["max_length"]
-    unknown, tokenizer = np.zeros((len(first), 1), np.float32), glue_data.Tokenizer(folder / "vocab.txt")
-    lines = np.arange(len(first), dtype=np.int32)
+    model, labels, tokenizer = trained_head(folder, task)
+    lengths = range(8, model.config.max_position_embeddings + 1)
+    max_length = read_json(
+        Path(args.out) / "config.json", lambda run: lengths[lengths.index(run["single"]["max_length"])]
+    )
+    unknown, lines = np.zeros((len(first), 1), np.float32), np.arange(len(first), dtype=np.int32)
     dataset = glue_data.make_dataset(task, first, second, unknown, lines, tokenizer, max_length)
     device = Device(args)
-    logits = predict(load_pretrained(folder).to(device.device), device, dataset, task)
+    logits = predict(model.to(device.device), device, dataset, task)
     print("prediction\tprobability" if labels else "prediction")
-    answers = glue_data.answers(replace(task, labels=tuple(labels)), logits)
+    answers = glue_data.answers(replace(task, labels=labels), logits)
     for word, p in zip(answers, torch.tensor(logits).softmax(-1).amax(-1), strict=True):
         print(f"{word}\t{p:.4f}" if labels else word)
+
+
+def trained_head(folder, task):
+    """(model, its label words, none for a score, and its tokenizer) of a finished model."""
+    model = load_trained(folder, [task])
+
+    def words(config):
+        labels = config.get("heads", {}).get(task.name, task.labels)
+        fit = len(labels) == len(set(labels)) and (len(labels) or 1) == task.num_outputs
+        if isinstance(labels, str) or not fit or not all(word.isprintable() for word in labels):
+            raise ValueError(f"labels {labels!r} for {task.num_outputs} outputs")
+        return tuple(labels)
+
+    return model, read_json(folder / "config.json", words), read_tokenizer(folder, model.config)
 
 
 def export(args):
     """Write each task's model, and the encoder of several tasks, as folders that Hugging Face loads."""
     for task, folder in finished_models(args).items():
-        model, config = load_pretrained(folder), read_json(folder / "config.json")
+        model, labels, _ = trained_head(folder, glue_data.TASKS[task])
         first = task == next(iter(model.num_outputs))
         for name, head in [(task, task)] + [("encoder", None)] * (first and len(model.num_outputs) > 1):
             target = Path(args.export) / name
             target.mkdir(parents=True, exist_ok=True)
-            bert.export(model, target, head, config.get("heads", {}).get(task, glue_data.TASKS[task].labels))
-            glue_data.save_tokenizer(folder / "vocab.txt", target, config["max_position_embeddings"])
+            bert.export(model, target, head, labels)
+            glue_data.save_tokenizer(folder / "vocab.txt", target, model.config.max_position_embeddings)
             print(target)
 
 
@@ -661,11 +716,31 @@ def to_json(value):
     return json.dumps(value, indent=2) + "\n"
 
 
-def read_json(path):
+def read_file(path):
     try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read ({error}); expected a file of an earlier command") from error
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def read_json(path, check):
+    return parse(read_file(path), path, check)
+
+
+def parse(data, place, check):
+    """What `check` makes of JSON that an earlier command has left; it raises where that is somebody else's."""
+    try:
+        return check(bert.parse_json(data))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UsageError(f"{place}: cannot be read ({error!r}); expected what an earlier command wrote") from error
+
+
+def read_tokenizer(folder, config):
+    tokenizer = glue_data.Tokenizer(folder / "vocab.txt")
+    if tokenizer.size > config.vocab_size:
+        found = f"{tokenizer.size} tokens; expected {config.vocab_size}, the rows of config.json's embedding"
+        raise CheckpointError(f"{folder / 'vocab.txt'}: {found}")
+    return tokenizer
 
 
 def write_whole(path, content):
@@ -750,10 +825,7 @@ class Run(Device):
         """Read and tokenize every split with its vocabulary, so that bad input is found before any work."""
         self.checkpoint, data, length = checkpoint, self.data_folder, self.single_recipe.max_length
         self.config = load_pretrained(checkpoint, {"": 1}).config
-        tokenizer = glue_data.Tokenizer(checkpoint / "vocab.txt")
-        if tokenizer.size > self.config.vocab_size:
-            found = f"{tokenizer.size} tokens; expected {self.config.vocab_size}, the rows of config.json's embedding"
-            raise CheckpointError(f"{checkpoint / 'vocab.txt'}: {found}")
+        tokenizer = read_tokenizer(checkpoint, self.config)
         if length > self.config.max_position_embeddings:
             raise UsageError(f"--max-length: the checkpoint has {self.config.max_position_embeddings} positions")
         self.say(f"reading {', '.join(task.folder for task in self.tasks)} from {data}")
@@ -812,7 +884,7 @@ class Run(Device):
             "precision": "bfloat16" if self.bfloat16 else "float32",
             "single": asdict(self.single_recipe),
             "multi": asdict(self.multi_recipe),
-            "files": {name: file_digest(path) for name, path in files.items() if path.exists()},
+            "files": {name: file_digest(path) for name, path in files.items() if path.is_file()},
         }
 
     def refuse_other(self, identity):
@@ -820,7 +892,7 @@ class Run(Device):
         path = self.folder / "config.json"
         if not self.exists(path):
             self.write(write_whole, path, to_json(identity))
-        old, new = dict(leaves(read_json(path))), dict(leaves(identity))
+        old, new = read_json(path, lambda run: dict(leaves(run))), dict(leaves(identity))
         names = [name for name in {**old, **new} if old.get(name, "nothing") != new.get(name, "nothing")]
         if names:
             lines = [
@@ -1067,7 +1139,7 @@ def command(argv=None):
         main(argv)
         return 0
     except (UsageError, DataError, CheckpointError) as error:
-        print(f"bam.py: error: {error}", file=sys.stderr)
+        print(f"bam.py: error: {str(error)[:10_000]}", file=sys.stderr)  # it may quote a file
         return 2
     except (TrainingError, OSError, torch.OutOfMemoryError) as error:  # OSError: a full disk
         print(f"bam.py: error: {error}\nbam.py: the same command goes on from the last checkpoint", file=sys.stderr)

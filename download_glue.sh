@@ -188,7 +188,12 @@ def build(folder, splits, new, *sources):
     if name == "MRPC":
         build_mrpc(new, *sources)
     elif sources[0].endswith(".zip"):
-        unpack(sources[0], name, new, splits.split()[::2])
+        try:
+            unpack(sources[0], name, new, splits.split()[::2])
+        except ValueError:
+            raise
+        except Exception as error:    # a damaged archive raises whatever it stumbles over
+            raise ValueError(f"{sources[0]} cannot be unpacked: {error!s:.200}")
     else:
         shutil.copy(sources[0], os.path.join(new, name + ".tsv"))
     check(new, splits)

@@ -52,22 +52,54 @@ def read(folder):
         for trial in sorted(folder.glob(f"trial-*/{regime}"), key=lambda path: (len(str(path)), path)):
             for path in (trial, *sorted(trial.glob("*/"))):
                 log = path / "metrics.jsonl"
-                lines = log.read_text("utf-8").splitlines(keepends=True) if log.exists() else []
-                entries = [parse(line, log) for line in lines if line.endswith("\n")]  # the last may be half written
-                task = "" if path == trial else path.name
-                stages.append(Stage(trial.parent.name, regime, task, entries, read_json(path / "scores.json")))
-    return read_json(folder / "config.json"), [stage for stage in stages if stage.log or stage.scores]
+                lines = log.read_bytes().split(b"\n")[:-1] if log.exists() else []  # the last may be half written
+                entries = [parse(line, f"{log}, line {number}", entry_of) for number, line in enumerate(lines, 1)]
+                if any(a["step"] >= b["step"] for a, b in zip(entries, entries[1:], strict=False)):
+                    raise FigureError(f"{log}: its steps are not in order")
+                task, scores = "" if path == trial else path.name, read_json(path / "scores.json", known_scores)
+                stages.append(Stage(trial.parent.name, regime, task, entries, scores))
+    return read_json(folder / "config.json", known_config), [stage for stage in stages if stage.log or stage.scores]
 
 
-def read_json(path):
-    return parse(path.read_text("utf-8"), path) if path.exists() else {}
+def read_json(path, check):
+    return parse(path.read_bytes(), path, check) if path.exists() else {}
 
 
-def parse(content, path):
+def parse(content, place, check):
+    """JSON, passed through `check`, which raises where it is not what bam.py writes."""
     try:
-        return json.loads(content)
-    except ValueError as error:
-        raise FigureError(f"{path}: not JSON: {error}") from None
+        if len(content) > 2**20:
+            raise ValueError("longer than a megabyte")
+        return check(json.loads(content))
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError) as error:
+        raise FigureError(f"{place}: cannot be drawn ({error!r}); expected what bam.py writes") from None
+
+
+def number(value, low, high):
+    if type(value) not in (int, float) or not low <= value <= high:
+        raise ValueError(f"{value!r} is not from {low} to {high}")
+    return value
+
+
+def entry_of(line):
+    return {name: number(line[name], 0, 1e38) for name in ("step", "loss", "learning_rate", "gold_weight")}
+
+
+def known_scores(scores):
+    """Each task's first dev metric, the paper's, is percent; null where undefined, as a correlation with a constant."""
+    for splits in scores.values():
+        metric, value = next(iter(splits["dev"].items()))
+        number(0 if value is None else value, -101, 101)
+    return scores
+
+
+def known_config(config):
+    for recipe in (config.get("single", {}), config.get("multi", {})):
+        for name in ("learning_rate", "warmup"):
+            number(recipe.get(name, 0), 0, 1e9)
+    if not all(isinstance(task, str) for task in config.get("tasks", [])):
+        raise ValueError(f"tasks {config['tasks']!r}")
+    return config
 
 
 def scores_of(stages, tasks):
@@ -95,7 +127,7 @@ def curve(stage, config, name, unit=1):
     if recipe.get("learning_rate") and not stage.scores:
         rate = last["learning_rate"] / recipe["learning_rate"]
         rising = last["learning_rate"] > stage.log[-2:][0]["learning_rate"]
-        done = rate * recipe["warmup"] if rising else 1 - rate
+        done = min(1, rate * recipe["warmup"] if rising else 1 - rate)
     num_steps = last["step"] / done if last["step"] and done > 0 else last["step"] + 1
     return [(entry["step"] / num_steps, entry[name] * unit) for entry in stage.log]
 

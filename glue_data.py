@@ -19,6 +19,7 @@ import json
 import random
 import shutil
 import zipfile
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -115,53 +116,69 @@ def resolve(names):
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def read_tsv(path, header=()):
-    """A TSV file to (column names, rows), each row with its line number: (line, [field, ...])."""
+LONGEST_LINE = 2**20  # bytes; GLUE's have a few thousand
+
+
+def read_tsv(path, header=(), expected="a file of GLUE"):
+    """A TSV file to its rows with their line numbers, (line, [field, ...]), one at a time; first the column names,
+    which are `header` where the file does not have them."""
     try:
         return parse_tsv(path.read_bytes(), path, header)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); expected a file of GLUE") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}); expected {expected}") from error
 
 
 def parse_tsv(data, path, header=()):
     """read_tsv of bytes; path is for messages.
 
     No quoting: in GLUE a double quote is a character. A byte-order mark and CR LF are taken off, nothing else is: edge
-    fields may be empty. A line without exactly one field a column raises, and so do blank lines and invalid UTF-8.
+    fields may be empty. A line without exactly one field a column raises, and so do blank lines, invalid UTF-8, columns
+    of one name, and lines that cannot be a row.
     """
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line, byte = error.object.count(b"\n", 0, error.start) + 1, error.object[error.start]
-        raise DataError(f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8") from error
-    lines = text.split("\n")  # not splitlines(), which also breaks at characters that stand inside sentences
-    if lines[-1] == "":
-        lines.pop()
-    if not header and not lines:
-        raise DataError(f"{path}: is empty; expected a header line")
-    columns = header or tuple(lines.pop(0).removesuffix("\r").split("\t"))
-    rows = []
-    for number, line in enumerate(lines, start=1 if header else 2):
-        fields = line.removesuffix("\r").split("\t")
+    columns = header
+    if header:
+        yield 0, header
+    for number, line in enumerate(io.BytesIO(data), start=1):  # it breaks at line feeds and nowhere else
+        place = f"{path}, line {number}"
+        if len(line) > LONGEST_LINE:
+            raise DataError(f"{place}: {len(line)} bytes; expected at most {LONGEST_LINE}")
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{place}: byte 0x{error.object[error.start]:02x} is not UTF-8") from error
+        fields = text.removesuffix("\n").removesuffix("\r").split("\t")
+        columns = columns or fields
         if len(fields) != len(columns):
-            expected = f"expected {len(columns)}: {', '.join(columns)}"
-            raise DataError(f"{path}, line {number}: {len(fields)} tab-separated fields; {expected}")
-        rows.append((number, fields))
-    return columns, rows
+            expected = f"expected {len(columns)}: {brief(', '.join(columns))}"
+            raise DataError(f"{place}: {len(fields)} tab-separated fields; {expected}")
+        if fields is columns and len(set(columns)) < len(columns):
+            raise DataError(f"{place}: two columns of one name: {brief(', '.join(columns))}")
+        yield number, fields
+    if not columns:
+        raise DataError(f"{path}: is empty; expected a header line")
+
+
+def brief(text):
+    """A file's text in a message: its beginning, control characters spelled out."""
+    return repr(text[:200])
 
 
 def read_sentences(task, data, path):
     """Somebody's own text, bytes: a row a line, the task's sentences with a tab between; or a file with a header, as
     GLUE's, whose columns are taken by name. Returns (first, second or None)."""
-    columns, rows = parse_tsv(data, path, () if set(task.text) <= set(header_of(data)) else task.text)
-    if not rows:
+    rows = parse_tsv(data, path, () if set(task.text) <= set(header_of(data)) else task.text)
+    (_, columns), texts = next(rows), [[] for _ in task.text]
+    for _, fields in rows:
+        for name, text in zip(task.text, texts, strict=True):
+            text.append(fields[columns.index(name)])
+    if not texts[0]:
         raise DataError(f"{path}: has no rows; expected {' and '.join(task.text)}, a row a line")
-    texts = [[fields[columns.index(name)] for _, fields in rows] for name in task.text]
     return texts[0], texts[1] if len(texts) == 2 else None
 
 
 def header_of(data):
-    return data.split(b"\n", 1)[0].decode("utf-8-sig", "replace").removesuffix("\r").split("\t")
+    line = io.BytesIO(data).readline(LONGEST_LINE)
+    return line.decode("utf-8-sig", "replace").removesuffix("\n").removesuffix("\r").split("\t")
 
 
 @dataclass(frozen=True)
@@ -178,34 +195,38 @@ def read_split(task, split, root):
     """One split of a task under GLUE's folder `root` to a Split. Raises DataError, file and line named."""
     path = Path(root) / task.folder / task.files[split]
     labelled = split not in dict(task.test)
-    columns, rows = read_tsv(path, task.header if labelled else ())
+    rows = read_tsv(path, task.header if labelled else ())
+    columns = next(rows)[1]
     wanted = (*task.text, task.label) if labelled else task.text
     for name in wanted:
         if name not in columns:
-            raise DataError(f"{path}, line 1: no column {name!r}; found {', '.join(columns)}")
-    if not rows:
+            raise DataError(f"{path}, line 1: no column {name!r}; found {brief(', '.join(columns))}")
+    places, texts, labels = [columns.index(name) for name in wanted], [[] for _ in task.text], array("f")
+    lines = array("i")
+    for line, fields in rows:
+        lines.append(line)
+        for text, place in zip(texts, places, strict=False):  # the label's comes last
+            text.append(fields[place])
+        if labelled:
+            labels.extend(read_label(task, fields[places[-1]], path, line))
+    if not texts[0]:
         raise DataError(f"{path}: has no rows; expected examples of {task.folder}")
-    places = [columns.index(name) for name in wanted]
-    texts = [[fields[place] for _, fields in rows] for place in places[: len(task.text)]]
-    labels = None
-    if labelled:
-        labels = np.array([read_label(task, fields[places[-1]], path, line) for line, fields in rows], np.float32)
-    lines = np.array([line for line, _ in rows], np.int32)
-    return Split(texts[0], texts[1] if len(texts) == 2 else None, labels, lines)
+    labels = np.array(labels).reshape(-1, task.num_outputs) if labelled else None
+    return Split(texts[0], texts[1] if len(texts) == 2 else None, labels, np.array(lines, np.int32))
 
 
 def read_label(task, word, path, line):
     """The K targets of one example: one-hot, or score / max_score. Raises DataError, file and line named."""
     if task.labels:
         if word not in task.labels:
-            raise DataError(f"{path}, line {line}: unknown label {word!r}; expected {' or '.join(task.labels)}")
+            raise DataError(f"{path}, line {line}: unknown label {brief(word)}; expected {' or '.join(task.labels)}")
         return [float(word == label) for label in task.labels]
     try:
-        score = float(word)
+        score = float(word.replace("_", "?"))  # to Python, 0_5 would be 5
     except ValueError:
         score = float("nan")
     if not 0 <= score <= task.max_score:
-        raise DataError(f"{path}, line {line}: score {word!r}; expected a number from 0 to {task.max_score:g}")
+        raise DataError(f"{path}, line {line}: score {brief(word)}; expected a number from 0 to {task.max_score:g}")
     return [score / task.max_score]
 
 
@@ -269,18 +290,12 @@ def save_tokenizer(vocab_file, folder, max_length):
 
 def read_vocab(path):
     """vocab.txt, a token a line, to {token: id}. Raises DataError on duplicates or a missing special token."""
-    try:
-        tokens = path.read_bytes().decode("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); expected a vocabulary, a token a line") from error
-    if tokens[-1] == "":
-        tokens.pop()
-    vocab = {}
-    for number, token in enumerate(tokens):
-        token = token.removesuffix("\r")
+    vocab, rows = {}, read_tsv(path, ("token",), "a vocabulary, a token a line")
+    next(rows)  # the column's name
+    for line, (token,) in rows:
         if token in vocab:
-            raise DataError(f"{path}, line {number + 1}: {token!r} stands on line {vocab[token] + 1} already")
-        vocab[token] = number
+            raise DataError(f"{path}, line {line}: {brief(token)} stands on line {vocab[token] + 1} already")
+        vocab[token] = line - 1
     for token in ("[UNK]", "[CLS]", "[SEP]"):
         if token not in vocab:
             raise DataError(f"{path}: no {token} among {len(vocab)} tokens; expected BERT's vocabulary")

@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -172,8 +173,12 @@ def attention(qkv, plan, p, cls_q=None):
 
 # ------------------------------------------------------------------------------------------------------------- encoder
 
-# low <= value < high; BertConfig's other numbers: whole from 1, or 0 to 1
-LIMITS = {"type_vocab_size": (2, 2**31), "embedding_size": (0, 2**31)}
+LIMITS = {  # low <= value < high; BertConfig's other numbers: whole from 1, or 0 to 1
+    "type_vocab_size": (2, 2**31),
+    "hidden_size": (1, 2**20),  # its square still fits 64 bits
+    "num_hidden_layers": (1, 1000),  # more would take minutes to lay out
+    "embedding_size": (0, 2**20),
+}
 KNOWN = {"model_type": ("bert", "electra"), "hidden_act": ("gelu",), "position_embedding_type": ("absolute",),
          "is_decoder": (False,)}  # fmt: skip
 
@@ -205,8 +210,8 @@ class BertConfig:
         """Read a config.json. Raises CheckpointError where it is not BERT's."""
         path = Path(path)
         try:
-            values = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            values = parse_json(path.read_bytes())
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: cannot be read ({error}); expected BERT's configuration") from error
         if not isinstance(values, dict):
             raise CheckpointError(f"{path}: expected a JSON object, BERT's configuration")
@@ -383,9 +388,9 @@ def load_pretrained(folder, num_outputs=None):
     config = BertConfig.from_file(folder / "config.json")
     path, found = read_weights(folder, f"{config.model_type}.")
     if not new_heads:
-        heads = [name.split(".")[1] for name in found if name.startswith("heads.") and name.endswith(".weight")]
-        num_outputs = {task: len(found[f"heads.{task}.weight"]) for task in heads}
-        if not heads:
+        heads = [name for name in found if name.startswith("heads.") and name.endswith(".weight")]
+        num_outputs = {name[len("heads.") : -len(".weight")]: len(found[name]) for name in heads if found[name].dim()}
+        if not num_outputs:
             raise CheckpointError(f"{path}: no tensor 'heads.TASK.weight'; expected a model that bam.py has trained")
     with torch.device("meta"):  # random weights would be drawn for nothing
         model = MultiTaskBert(config, num_outputs)
@@ -397,6 +402,8 @@ def load_pretrained(folder, num_outputs=None):
         if found[name].shape != tensor.shape:
             shapes = f"{list(found[name].shape)}; expected {list(tensor.shape)} by config.json"
             raise CheckpointError(f"{path}: tensor {name!r} has shape {shapes}")
+    if sum(tensor.numel() for tensor in model.parameters()) > path.stat().st_size:  # a tensor can repeat one number
+        raise CheckpointError(f"{path}: holds fewer numbers than its tensors' shapes say")
     model.to_empty(device="cpu")
     for name, tensor in public_tensors(model).items():
         if not (name.startswith("heads.") and new_heads):
@@ -417,6 +424,7 @@ def read_weights(folder, prefix):
     else:
         path = folder / WEIGHTS[1]
         try:
+            refuse_packed(path)
             tensors = torch.load(path, map_location="cpu", weights_only=True)  # never unpickles code
         except Exception as error:  # a damaged pickle raises whatever it stumbles over
             reason = str(error).strip().split("\n")[0]
@@ -440,19 +448,32 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def is_plain(value):
-    return isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_meta
+    plain = isinstance(value, torch.Tensor) and value.layout is torch.strided and not (value.is_meta or value.is_nested)
+    return plain and value.is_floating_point()  # not complex, not quantized
+
+
+def refuse_packed(path):
+    """torch.save does not compress; torch.load would unpack a thousand times a file's size."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise ValueError("its members are compressed")
 
 
 def read_safetensors(path):
     """{name: tensor} of a safetensors file: an 8-byte header length, a JSON header, raw little-endian data."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
+    try:
+        file = open(path, "rb")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    with file:
+        size = path.stat().st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise CheckpointError(f"{path}: is cut off: {size} bytes cannot hold its header of {length}")
         try:
-            entries, digest = read_header(file.read(length))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            entries, digest = read_header(file.read(min(length, LONGEST_JSON + 1)))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path}: header cannot be understood ({error!r}); expected safetensors") from error
     data = np.memmap(path, np.uint8, "c", offset=8 + length) if size > 8 + length else np.empty(0, np.uint8)
     tensors, place = {}, 0
@@ -471,7 +492,7 @@ def read_safetensors(path):
 def read_header(text):
     """A safetensors header to {name: (dtype, shape, first byte, end)} and the sha256 that write_safetensors put there,
     or None; what is odd raises one error or another."""
-    entries, header = {}, json.loads(text, object_pairs_hook=unique)
+    entries, header = {}, parse_json(text)
     digest = header.pop("__metadata__", {}).get("sha256")
     for name, entry in header.items():
         shape, (start, end) = entry["shape"], entry["data_offsets"]
@@ -488,6 +509,19 @@ def sha256(entries, blobs):
     for blob in blobs:
         digest.update(blob)
     return digest.hexdigest()
+
+
+LONGEST_JSON = 2**20  # bytes; BERT-Large's header has 45 KB. An object can take 20 times its text's memory
+
+
+def parse_json(data):
+    """json.loads, but for what is too long or too deep, or names a thing twice: that raises ValueError."""
+    if len(data) > LONGEST_JSON:
+        raise ValueError(f"longer than {LONGEST_JSON} bytes")
+    try:
+        return json.loads(data, object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def unique(pairs):

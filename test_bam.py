@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import pickle
+import random
 import re
 import shlex
 import shutil
@@ -25,9 +26,11 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -210,7 +213,7 @@ def test_bad_files_are_named(tmp_path):
     )
     with pytest.raises(DataError, match="line 3: byte 0xe9 is not UTF-8"):
         read_split(TASKS["rte"], "train", tmp_path)
-    write_split(tmp_path, "rte", "", data=b"\xef\xbb\xbfindex\n\xff")
+    write_split(tmp_path, "rte", "", data=b"\xef\xbb\xbf" + HEADERS["rte"].encode() + b"\n\xff")
     with pytest.raises(DataError, match="line 2: byte 0xff is not UTF-8"):
         read_split(TASKS["rte"], "train", tmp_path)
 
@@ -2527,3 +2530,556 @@ def test_download_unreadable_table(mirror, tmp_path):
     """A table that is not there is an error, not an empty success."""
     result = download(mirror, tmp_path, "glue", tmp_path / "glue", BAM_TABLE=str(tmp_path / "none"))
     assert result.returncode == 1 and "complete" not in result.stdout
+
+
+# ------------------------------------------------------------------------------------------------------- hostile input
+# A case is a file with the injuries of the seed in its test's id; BAM_FUZZ=2000 with -k hostile makes a campaign of it.
+
+hostile = pytest.mark.parametrize("seed", range(int(os.environ.get("BAM_FUZZ", 25))))
+REFUSALS = (DataError, CheckpointError, bam.UsageError, figure.FigureError)
+BOM, NUMBER = b"\xef\xbb\xbf", r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*"
+NASTY = [b"\0", b"\t", b"\n", b"\r", b"\r\n", b"\t\n", b'"', BOM, b"\xff", b"\xc3", "\u2028😀".encode(), b"x" * 5000,
+         b"_", b"-", b"1e999", b"NaN", b"null", b"9" * 5000, b"[" * 5000, b'{"a":' * 5000, b'"\\ud800"']  # fmt: skip
+ODD = 'null true -1 0 2 0.5 1e308 1e999 NaN 1180591620717411303424 "" "x" "../x" "\\ud800" [] [1] {} {"dev":{}}'.split()
+
+
+def injured(data, rng):
+    """Bytes cut out, doubled, turned round, flipped or replaced, in a few places; or all in another encoding."""
+    if rng.random() < 0.05:
+        return data.decode("latin-1").encode(rng.choice(("utf-16", "utf-32", "utf-8")))
+    if rng.random() < 0.05:
+        return data.replace(b"\n", rng.choice((b"\r", b"\r\n", b"\n\n", b"")))
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        edges = [rng.randrange(len(data) + 1), rng.randrange(min(len(data), 300) + 1)]
+        edges += [match.start() for match in re.finditer(rb'[\t\n",:\[{]', data[: rng.choice((300, len(data)))])]
+        start = rng.choice(edges[:2] + 2 * edges[-1:] + [rng.choice(edges)])
+        end = rng.choice((start, start + 1, start + 1, start + 8, *edges))
+        part = data[start:end]
+        flipped = bytes(byte ^ 1 << rng.randrange(8) for byte in part)
+        new = rng.choice((b"", part * 2, part[::-1], flipped, flipped, rng.choice(NASTY), rng.choice(NASTY)))
+        data = data[:start] + new + data[max(start, end) :]
+    return data
+
+
+def injured_json(data, rng):
+    """JSON, its values replaced, taken out or under another name, or its bytes injured."""
+    tree = json.loads(data)
+    for _ in range(rng.choice((0, 1, 1, 2))):
+        boxes = [tree]
+        for box in boxes:
+            boxes += [
+                value for value in (box.values() if isinstance(box, dict) else box) if isinstance(value, (dict, list))
+            ]
+        box = rng.choice([box for box in boxes if box] or [{"": 0}])
+        key = rng.choice(list(box) if isinstance(box, dict) else range(len(box)))
+        value = box.pop(key)
+        if isinstance(box, list):
+            box.insert(key, json.loads(rng.choice(ODD)))
+        elif rng.random() < 0.8:
+            odd = rng.random() < 0.7
+            box[key if odd else rng.choice([*box, "new", "../new"])] = json.loads(rng.choice(ODD)) if odd else value
+    data = json.dumps(tree).encode()
+    return injured(data, rng) if rng.random() < 0.4 else data
+
+
+def attempt(read, path):
+    """(What read() gives, "") or (None, its one error, which names the path); all else, ten seconds too, is a failure."""
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("hangs"))
+    signal.alarm(10)
+    try:
+        return read(), ""
+    except REFUSALS as error:
+        assert str(path) in str(error) and len(str(error)) < 50_000
+        return None, str(error)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def rows_by_hand(data, wanted, header=(), good=lambda word: True):
+    """What a TSV's bytes say: ({wanted column: fields}, the lines that are at fault, 0 for the file). `good` is asked of
+    the last of the wanted columns."""
+    lines, rows, faults = data.removeprefix(BOM).split(b"\n"), [list(header)] * bool(header), set()
+    for line, content in enumerate(lines[:-1] if lines[-1] == b"" else lines, 1):
+        try:
+            rows.append(content.removesuffix(b"\r").decode().split("\t"))
+        except UnicodeDecodeError:
+            rows.append([])
+            faults.add(line)
+    columns, *rows = rows or [[]]
+    if len(set(columns)) < len(columns) or not set(wanted) <= set(columns):
+        return {}, faults | {0, 1}
+    last = columns.index(wanted[-1])
+    for line, row in enumerate(rows, 1 if header else 2):
+        faults |= {line} if len(row) != len(columns) or not good(row[last]) else set()
+    faults |= {0} if not rows else set()
+    return {} if faults else {name: [row[columns.index(name)] for row in rows] for name in wanted}, faults
+
+
+def label_by_hand(task, word):
+    """The targets, or [] where the word is none."""
+    if task.labels:
+        return [float(word == label) for label in task.labels] if word in task.labels else []
+    return [float(word) / 5] if re.fullmatch(NUMBER, word) and 0 <= float(word) <= 5 else []
+
+
+@hostile
+@pytest.mark.parametrize("name", ["cola", "stsb", "mnli"])
+def test_hostile_tsv(tmp_path, name, seed):
+    """A split is what its bytes say, or the error names a line at fault."""
+    task, words = TASKS[name], {"cola": ("0", "1"), "stsb": ("0.5", "4.25"), "mnli": TASKS["mnli"].labels}[name]
+    lines = [] if task.header else [HEADERS[name]]
+    for row in range(6):
+        values = {task.label: words[row % len(words)], **dict.fromkeys(task.text, f"é {row} .")}
+        lines.append("\t".join(values.get(name, "") for name in task.header or HEADERS[name].split("\t")))
+    data = injured(("\n".join(lines) + "\n" * (seed % 2)).encode(), random.Random(seed))
+    path = write_split(tmp_path, name, "", data=data)
+    label = functools.partial(label_by_hand, task)
+    columns, faults = rows_by_hand(data, (*task.text, task.label), task.header, label)
+    split, message = attempt(lambda: read_split(task, "train", tmp_path), path)
+    if faults:
+        lines = [line for line in faults if not line or f", line {line}:" in message]
+        assert split is None and lines, (message, faults)
+    else:
+        assert [split.first, split.second][: len(task.text)] == [columns[name] for name in task.text]
+        assert np.array_equal(split.labels, np.array([label(word) for word in columns[task.label]], np.float32))
+
+
+@hostile
+@pytest.mark.parametrize("name", ["sst2", "rte"])
+def test_hostile_sentences(tmp_path, name, seed):
+    """So is somebody's own text, with a header or without."""
+    task = TASKS[name]
+    lines = ["\t".join(f"é {name} {row}" for name in task.text) for row in range(4)]
+    lines = ["\t".join(task.text), *lines] if seed % 2 else lines
+    data, path = injured("\n".join(lines).encode(), random.Random(seed)), tmp_path / "own.tsv"
+    first = data.removeprefix(BOM).split(b"\n")[0].removesuffix(b"\r").split(b"\t")
+    header = () if {name.encode() for name in task.text} <= set(first) else task.text
+    columns, faults = rows_by_hand(data, task.text, header)
+    texts, message = attempt(lambda: glue_data.read_sentences(task, data, path), path)
+    if faults:
+        lines = [line for line in faults if not line or f", line {line}:" in message]
+        assert texts is None and lines, (message, faults)
+    else:
+        assert list(texts)[: len(task.text)] == [columns[name] for name in task.text]
+
+
+@hostile
+def test_hostile_vocabulary(tmp_path, seed):
+    """A token's id is its line; a token that stands twice and a missing special one are refused."""
+    data, path = injured(("\n".join([*WORDS, "é"]) + "\n").encode(), random.Random(seed)), tmp_path / "vocab.txt"
+    path.write_bytes(data)
+    columns, faults = rows_by_hand(data, ["token"], ["token"])
+    tokens = columns.get("token", [])
+    good = not faults and len(set(tokens)) == len(tokens) and {"[UNK]", "[CLS]", "[SEP]"} <= set(tokens)
+    vocab, _ = attempt(lambda: Tokenizer(path).backend.get_vocab(), path)
+    assert vocab == ({token: index for index, token in enumerate(tokens)} if good else None)
+
+
+@hostile
+def test_hostile_configuration(checkpoint, seed):
+    """Each field is the file's or, where it has none, the default; only what differs from the good file is refused."""
+    path = checkpoint / "config.json"
+    good = json.loads(path.read_text())
+    path.write_bytes(injured_json(path.read_bytes(), random.Random(seed)))
+    config, _ = attempt(lambda: load_pretrained(checkpoint).config, checkpoint)
+    values = json.loads(path.read_bytes()) if config else {}
+    defaults = {name: field.default for name, field in BertConfig.__dataclass_fields__.items()}
+    if config:
+        assert config.__dict__ == {name: values.get(name, default) for name, default in defaults.items()}
+    else:
+        with pytest.raises((ValueError, RecursionError, AssertionError)):
+            assert json.loads(path.read_bytes(), object_pairs_hook=bert.unique) == good
+
+
+def tensors_by_hand(data):
+    """{name: (dtype, shape, bytes)} of a safetensors file."""
+    body = data[8 + int.from_bytes(data[:8], "little") :]
+    header = json.loads(data[8 : len(data) - len(body)])
+    header.pop("__metadata__", None)
+    return {name: (e["dtype"], e["shape"], body[slice(*e["data_offsets"])]) for name, e in header.items()}
+
+
+def injured_safetensors(data, rng):
+    length = int.from_bytes(data[:8], "little")
+    header, body = data[8 : 8 + length], data[8 + length :]
+    if rng.random() < 0.4:
+        return injured(data, rng)
+    header = injured_json(header, rng)
+    return (len(header) + rng.choice((0, 0, 0, 0, 1, -1, 2**63))).to_bytes(8, "little") + header + body
+
+
+def bits(tensor):
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+@hostile
+def test_hostile_safetensors(tmp_path, seed):
+    """What is taken are the bytes that the header names, under its types and shapes; the good file is taken."""
+    path, names = tmp_path / "model.safetensors", {dtype: name for name, dtype in bert.DTYPES.items()}
+    tensors = {
+        "a": torch.randn(2, 3),
+        "b": torch.randn(4).bfloat16(),
+        "step": torch.tensor(7),
+        "c": torch.randn(1, 2).half(),
+    }
+    bert.write_safetensors(path, tensors, {"format": "pt"})
+    good = path.read_bytes()
+    path.write_bytes(injured_safetensors(good, random.Random(seed)))
+    found, _ = attempt(lambda: bert.read_safetensors(path), path)
+    if found is None:
+        assert path.read_bytes() != good
+    else:
+        found = {name: (names[tensor.dtype], list(tensor.shape), bits(tensor)) for name, tensor in found.items()}
+        assert found == tensors_by_hand(path.read_bytes())
+
+
+@hostile
+@pytest.mark.parametrize("zipped", [True, False])
+def test_hostile_pickles(checkpoint, tmp_path, seed, zipped):
+    """No code runs, and each tensor that is taken stands in the file, byte by byte."""
+    rng, path, model = random.Random(seed), checkpoint / "pytorch_model.bin", tiny_model()
+    torch.save(bert.public_tensors(model), path, _use_new_zipfile_serialization=zipped)
+    (checkpoint / "model.safetensors").unlink()
+    data, code = path.read_bytes(), f"cos\nsystem\n(S'touch {tmp_path}/ran'\ntR".encode()
+    if rng.random() < 0.4:  # among the pickle's instructions
+        place = rng.choice([match.start() for match in re.finditer(rb"[(RtubsX}\]]", data[:3000])])
+        code = rng.choice(
+            (code, code.replace(b"os\nsystem", b"builtins\neval"), b"cbuiltins\nbytearray\n(I999999999\ntR")
+        )
+        data = data[:place] + code + data[place:]
+    else:
+        data = injured(data, rng)
+    path.write_bytes(data)
+    loaded, _ = attempt(lambda: load_pretrained(checkpoint), checkpoint)
+    assert not (tmp_path / "ran").exists()
+    assert loaded is None or all(bits(tensor) in data for tensor in bert.public_tensors(loaded).values())
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory):
+    """A command's arguments, and the finished run of it: two tasks of few rows, a tiny BERT."""
+    root = tmp_path_factory.mktemp("small")
+    (root / "checkpoint").mkdir()
+    save_pretrained(tiny_model(), root / "checkpoint")
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{row}" for row in range(56))]
+    (root / "checkpoint" / "vocab.txt").write_text("\n".join(vocab))
+    for name, words in (("rte", TASKS["rte"].labels), ("stsb", ("1", "4.5"))):
+        for split in ("train", "dev"):
+            rows = [f"{row}\tw{row} w2\tw{row % 3}\t{words[row % 2]}" for row in range(24)]
+            write_split(root / "glue", name, "\n".join([HEADERS[name], *rows]), split)
+    command = ["--task", "rte,stsb", "--data", root / "glue", "--checkpoint", root / "checkpoint"]
+    command = [*map(str, command), "--max-length", "40", "--batch-size", "8", "--epochs", "1"]
+    kept = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    assert bam.command([*command, "--out", str(root / "run")]) == 0
+    for name, handler in kept.items():
+        signal.signal(name, handler)
+    return command, root / "run"
+
+
+def half_trained(run, untaught):
+    """As if the command had been killed at the student's fifth step, and perhaps a teacher's outputs had been deleted."""
+    student = run / "trial-1" / "single-multi"
+    bam.Adam(load_pretrained(student), Recipe()).save(student / "training.safetensors", 5)
+    names = ["scores.json", "submission.zip", "model.safetensors", "../single/rte/rte.train-logits.npy"]
+    for name in names if untaught else names[:3]:
+        (student / name).unlink()
+
+
+STUDENT, TEACHER = "trial-1/single-multi", "trial-1/single/rte"
+FINISHED = ["config.json", f"{TEACHER}/scores.json", f"{STUDENT}/scores.json", f"{STUDENT}/config.json",
+            f"{STUDENT}/vocab.txt", f"{STUDENT}/model.safetensors"]  # fmt: skip
+HALF = [f"{TEACHER}/rte.train-logits.npy", f"{STUDENT}/metrics.jsonl", f"{STUDENT}/training.safetensors",
+        f"{TEACHER}/model.safetensors", f"{TEACHER}/config.json"]  # fmt: skip
+
+
+def injured_run(small_run, folder, seed):
+    """A copy of a run with one injured file, or a folder in its place: (run, name of the file, its good bytes)."""
+    rng, name = random.Random(seed), (FINISHED + HALF)[seed % len(FINISHED + HALF)]
+    shutil.copytree(small_run[1], folder)
+    if name in HALF:
+        half_trained(folder, untaught=name.startswith(TEACHER) and not name.endswith("npy"))
+    path, good = folder / name, (folder / name).read_bytes()
+    injure = {".json": injured_json, ".safetensors": injured_safetensors}.get(path.suffix, injured)
+    path.write_bytes(injure(good, rng))
+    if rng.random() < 0.03:
+        path.unlink()
+        path.mkdir()
+    return folder, name, good
+
+
+@hostile
+def test_hostile_run_directories(small_run, keep_signals, tmp_path, capsys, seed):
+    """A command over a run with one injured file ends in 0, or in 2 and one error that names the file or its folder, and
+    writes into its own folders alone. The results it reports stand in scores.json, and no other run is taken for its
+    own."""
+    run, name, good = injured_run(small_run, tmp_path / "a" / "run", seed)
+    ask = [["--text", "w1", "--text2", "w2"], ["--export", str(tmp_path / "a" / "export")]][seed // 2 % 2]
+    again = name in HALF or seed // 4 % 2 or name.endswith("scores.json") and seed // 8 % 2
+    arguments = small_run[0] if again else ["--task", ("rte", "stsb")[seed // 8 % 2], *ask]
+    injury = (run / name).read_bytes() if (run / name).is_file() else b""
+    status, _ = attempt(lambda: bam.command([*arguments, "--out", str(run)]), run)
+    error = capsys.readouterr().err
+    assert status in (0, 2) or "is not finite" in error or "Is a directory" in error, error
+    assert status != 2 or (error.startswith("bam.py: error: ") and str((run / name).parent) in error), error
+    assert {path.name for path in tmp_path.iterdir()} == {"a"} and {
+        path.name for path in (tmp_path / "a").iterdir()
+    } <= {"run", "export"}
+    if status == 0 and again:
+        results = json.loads((run / "results.json").read_text())
+        for regime, folders in (("single", ("single/rte", "single/stsb")), ("single-multi", ["single-multi"])):
+            scores = [json.loads((run / "trial-1" / folder / "scores.json").read_text()) for folder in folders]
+            for task in (TASKS["rte"], TASKS["stsb"]):
+                found = [score[task.name]["dev"] for score in scores if task.name in score][
+                    -1 if regime == "multi" else 0
+                ]
+                assert results[regime][0][task.name]["dev"] == {metric: found[metric] for metric in task.metrics}
+        assert name != "config.json" or json.loads(injury) == json.loads(good)
+        if name.endswith("metrics.jsonl"):
+            kept = [line + b"\n" for line in injury.split(b"\n")[:-1] if json.loads(line)["step"] < 5]
+            assert (run / name).read_bytes().startswith(b"".join(kept)) and len(
+                (run / name).read_bytes().splitlines()
+            ) == len(kept) + 1
+
+
+@hostile
+def test_hostile_arrays(small_run, tmp_path, seed):
+    """A teacher's logits are the file's last bytes, under the shape that the data asks for."""
+    path = tmp_path / "rte.train-logits.npy"
+    good = (small_run[1] / TEACHER / path.name).read_bytes()
+    path.write_bytes(injured(good, random.Random(seed)))
+    run = SimpleNamespace(exists=Path.exists, data={"rte": {"train": SimpleNamespace(labels=np.zeros((24, 2)))}})
+    logits, _ = attempt(lambda: bam.teacher_outputs(run, TASKS["rte"], tmp_path), path)
+    if logits is None:
+        assert path.read_bytes() != good
+    else:
+        assert logits.shape == (24, 2) and logits.dtype == np.float32 and logits.tobytes() in path.read_bytes()
+
+
+@hostile
+def test_hostile_figures(tmp_path, seed):
+    """A picture of an injured run is well-formed, within its page, and prints the scores of the files."""
+    run, rng = write_run(tmp_path / "run", ("rte", "cola"), ("single", "single-multi")), random.Random(seed)
+    if seed % 2:
+        (run / "trial-1" / "single-multi" / "scores.json").unlink()
+    paths = sorted(run.rglob("*.json*"))
+    path = paths[seed % len(paths)]
+    if path.suffix == ".json":
+        path.write_bytes(injured_json(path.read_bytes(), rng))
+    else:
+        lines = path.read_bytes().splitlines()
+        lines[rng.randrange(len(lines))] = injured_json(rng.choice(lines), rng)
+        path.write_bytes(b"\n".join(lines) + b"\n" * rng.randrange(2))
+    found, _ = attempt(lambda: drawn(run), run)
+    if found:
+        tree, words = found
+        for element in tree.iter():
+            for key in ("x", "y", "x1", "x2", "y1", "y2", "d", "transform"):
+                numbers = re.findall(
+                    r"[-+.\w]+", element.get(key, "").replace("translate", " ").translate({77: 32, 76: 32})
+                )
+                assert all(abs(float(number)) < 3000 for number in numbers), (key, element.get(key))
+        for stage in run.rglob("scores.json"):
+            for splits in json.loads(stage.read_bytes()).values():
+                value = next(iter(splits["dev"].values()))
+                assert value is None or f"{value:.1f}" in words, (value, words)
+
+
+@hostile
+def test_hostile_archives(tmp_path, seed):
+    """An archive is unpacked to what it was, or refused in a message that names it, and nothing is left elsewhere."""
+    python = SCRIPT.read_text().split("<<'EOF'\nimport")[1].split("\ntry:\n    globals")[0]
+    exec("import" + python, helper := {})
+    source, folder, new = tmp_path / "CoLA.zip", tmp_path / "glue" / "CoLA", tmp_path / "new" / "CoLA"
+    (tmp_path / "glue").mkdir()
+    (tmp_path / "new").mkdir()
+    source.write_bytes(injured(archive(COLA), random.Random(seed)))
+    try:
+        helper["build"](str(folder), "train 2 dev 1 test 3", str(new), str(source))
+        assert tree(folder) == {name[5:]: text for name, text in COLA.items() if name.count("/") == 1}
+    except ValueError as error:
+        assert "CoLA" in str(error) and not folder.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"CoLA.zip", "glue", "new"}
+
+
+# What such campaigns have found.
+
+
+@pytest.mark.parametrize("kind", ["line", "tabs", "lines", "json", "header"])
+def test_ten_megabytes_are_refused_in_twice_their_memory(tmp_path, kind):
+    """Each reader, on ten megabytes that are no file of its kind; the message stays short."""
+    wide = b'{"a":[' + b"[]," * 3_300_000 + b"0]}"
+    data = {"line": b"x" * 10**7, "tabs": b"\t" * 10**7, "lines": b"\n" * 10**7, "json": wide}.get(kind)
+    path = write_split(tmp_path, "rte", "", data=data or len(wide).to_bytes(8, "little") + wide)
+    for read in (lambda: read_split(TASKS["rte"], "train", tmp_path), lambda: Tokenizer(path),
+                 lambda: glue_data.read_sentences(TASKS["rte"], path.read_bytes(), path),
+                 lambda: BertConfig.from_file(path), lambda: bert.read_safetensors(path),
+                 lambda: bam.read_json(path, dict), lambda: figure.read_json(path, dict)):  # fmt: skip
+        tracemalloc.start()
+        value, message = attempt(read, path)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert value is None and len(message) < 1000 and peak < 2.1 * path.stat().st_size
+
+
+def test_tables_that_could_be_misread(tmp_path):
+    """Two columns of one name; Python's 0_5, which is 5; control characters and long words in messages; a vocabulary's
+    byte-order mark; an argument that is not UTF-8."""
+    row = "\n0\tA\tB\t{}"
+    for name, text, message in [
+        ("rte", "index\tsentence1\tsentence1\tsentence2\tlabel\n", "line 1: two columns of one name"),
+        ("stsb", HEADERS["stsb"] + row.format("0_5"), "line 2: score '0_5'"),
+        ("rte", HEADERS["rte"] + row.format("x" * 10**5), "unknown label 'xxx"),
+        ("rte", "a\r\x1b[2J\tb\n", r"no column 'sentence1'; found 'a\r\x1b[2J, b'"),
+    ]:
+        path = write_split(tmp_path, name, text)
+        found, error = attempt(lambda name=name: read_split(TASKS[name], "train", tmp_path), path)
+        assert found is None and message in error and error.isprintable() and len(error) < 500
+    (tmp_path / "vocab.txt").write_bytes(BOM + "\n".join(["the", "[UNK]", "[CLS]", "[SEP]"]).encode())
+    assert Tokenizer(tmp_path / "vocab.txt")(["the"]) == [[0]]
+
+
+@pytest.mark.parametrize("more", ['"hidden_size": 32', '"num_hidden_layers": 1000000', '"hidden_size": 1073741824'])
+def test_configurations_that_stand_twice_or_would_hang(checkpoint, more):
+    path = checkpoint / "config.json"
+    values = json.loads(path.read_text())
+    values.pop(more.split('"')[1], None) if "32" not in more else None
+    path.write_text(json.dumps(values)[:-1] + f", {more}}}")
+    assert attempt(lambda: load_pretrained(checkpoint), path)[0] is None
+
+
+@pytest.mark.parametrize("names", [["heads.weight"], ["heads.a.b.weight"], ["heads.weight", "heads.bias"]])
+def test_heads_with_odd_names(checkpoint, names):
+    for tensor in (torch.zeros(2), torch.tensor(1.0)):
+        rewrite(checkpoint, lambda tensors, tensor=tensor: tensors | dict.fromkeys(names, tensor))
+        attempt(lambda: load_pretrained(checkpoint), checkpoint)
+
+
+def test_tensors_that_are_not_what_they_seem(checkpoint):
+    """Complex and quantized ones; 2**28 rows that are one; a file that would unpack to more; a folder for a file."""
+    path, config = checkpoint / "pytorch_model.bin", checkpoint / "config.json"
+    tensors, good = bert.read_safetensors(checkpoint / "model.safetensors"), config.read_text()
+    (checkpoint / "model.safetensors").unlink()
+    words = "bert.embeddings.word_embeddings.weight"
+    quantized = torch.quantize_per_tensor(torch.zeros(16, 16), 1.0, 0, torch.quint8)
+    for odd in ({POOLER: tensors[POOLER] + 1j}, {POOLER: quantized}, {words: torch.zeros(1, 1).expand(2**28, 16)}):
+        config.write_text(good.replace('"vocab_size": 60', f'"vocab_size": {2**28}') if words in odd else good)
+        torch.save(tensors | odd, path)
+        assert attempt(lambda: load_pretrained(checkpoint), path)[0] is None
+    config.write_text(good)
+    torch.save(tensors, path)
+    assert attempt(lambda: load_pretrained(checkpoint), path)[0] is not None
+    with zipfile.ZipFile(path) as stored:
+        members = {name: stored.read(name) for name in stored.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, content in members.items():
+            packed.writestr(name, content)
+    assert "compressed" in attempt(lambda: load_pretrained(checkpoint), path)[1]
+    (checkpoint / "model.safetensors").mkdir()
+    assert "Is a directory" in attempt(lambda: load_pretrained(checkpoint), checkpoint / "model.safetensors")[1]
+
+
+def percents(**values):
+    return json.dumps({task: {"dev": {"accuracy": value}} for task, value in values.items()})
+
+
+@pytest.mark.parametrize(
+    "name, content, arguments",
+    [
+        ("config.json", "[]", []),
+        ("config.json", "[" * 5000, []),
+        ("config.json", '{"seed": 0, "seed": 0}', []),
+        ("config.json", "{}", ["--text", "w1", "--text2", "w2"]),
+        ("config.json", '{"single": {"max_length": 1000000}}', ["--text", "w1", "--text2", "w2"]),
+        (f"{STUDENT}/scores.json", "5", ["--text", "w1", "--text2", "w2"]),
+        (f"{STUDENT}/scores.json", percents(rte=50.0), []),
+        (f"{STUDENT}/scores.json", percents(rte="50", stsb=50.0), []),
+        (f"{STUDENT}/scores.json", percents(rte=float("nan"), stsb=50.0), []),
+        (f"{STUDENT}/scores.json", '{"../../outside": {}}', ["--export", "EXPORT"]),
+        (f"{STUDENT}/scores.json", percents(mnli=50.0), ["--export", "EXPORT"]),
+        (f"{STUDENT}/vocab.txt", "[UNK]\n[CLS]\n[SEP]\n" + "\n".join(map(str, range(99))), ["--export", "EXPORT"]),
+        (f"{STUDENT}/config.json", {"heads": None}, ["--export", "EXPORT"]),
+        (f"{STUDENT}/config.json", {"heads": {"rte": "ab"}}, ["--text", "w1", "--text2", "w2"]),
+        (f"{STUDENT}/config.json", {"heads": {"rte": ["a", "\ud800"]}}, ["--text", "w1", "--text2", "w2"]),
+        (f"{STUDENT}/metrics.jsonl", "{}\n", []),
+        (f"{STUDENT}/metrics.jsonl", '{"step": 0}\n\udcff\n', []),
+    ],
+)
+def test_files_of_older_and_foreign_runs(small_run, keep_signals, tmp_path, capsys, name, content, arguments):
+    """In place of a run's own they are refused and named, and nothing is written elsewhere."""
+    run, export = tmp_path / "a" / "run", tmp_path / "a" / "b" / "export"
+    shutil.copytree(small_run[1], run)
+    if name.endswith("metrics.jsonl"):
+        half_trained(run, untaught=False)
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((run / name).read_text()) | content)
+    (run / name).write_bytes(content.encode("utf-8", "surrogateescape"))
+    words = ["--task", "rte"] if "--text" in arguments else small_run[0]
+    arguments = [str(export) if word == "EXPORT" else word for word in arguments]
+    assert bam.command([*words, *arguments, "--out", str(run)]) == 2
+    assert str((run / name).parent) in capsys.readouterr().err
+    assert not (tmp_path / "a" / "outside").exists()
+
+
+def test_states_of_older_and_foreign_runs(small_run, keep_signals, tmp_path, capsys):
+    """Of training: another step, another type; of a teacher: another shape, an archive, numbers that are none."""
+    run = tmp_path / "run"
+    shutil.copytree(small_run[1], run)
+    half_trained(run, untaught=False)
+    state, logits = run / STUDENT / "training.safetensors", run / TEACHER / "rte.train-logits.npy"
+    good, array = bert.read_safetensors(state), np.load(logits)
+
+    def refuses(path):
+        assert bam.command([*small_run[0], "--out", str(run)]) == 2 and str(path) in capsys.readouterr().err
+
+    optimizer = bam.Adam(tiny_model(rte=2, stsb=1), Recipe())
+    before = optimizer.values.clone()
+    for change in ({"step": torch.tensor(10**6)}, {"step": torch.tensor(-1)}, {"step": torch.zeros(2)},
+                   {"values": good["values"].half()}, {"step": torch.tensor(2.0)}):  # fmt: skip
+        bert.write_safetensors(state, good | change)
+        assert "expected" in attempt(lambda: optimizer.load(state, 9), state)[1]
+        assert torch.equal(optimizer.values, before)
+    for odd in (array.T, array.ravel(), array.astype(np.complex64), array * np.inf, array.astype("U9")):
+        np.save(logits, odd)
+        refuses(logits)
+    np.savez(io := open(logits, "wb"), array)
+    io.close()
+    refuses(logits)
+
+
+def test_an_argument_that_is_not_utf8(small_run, capsys):
+    arguments = ["--task", "rte", "--text", "w1", "--text2", "\udcff", "--out", str(small_run[1])]
+    assert bam.command(arguments) == 2 and "--text: is not UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("scores.json", percents(rte=float("nan"))),
+        ("scores.json", '{"rte": {"dev": {}}}'),
+        ("scores.json", "[1]"),
+        ("scores.json", "[" * 5000),
+        ("metrics.jsonl", "{}\n"),
+        ("metrics.jsonl", '{"step": 1, "loss": 1e999, "learning_rate": 0, "gold_weight": 1}\n'),
+        ("metrics.jsonl", '{"step": 2, "loss": 1, "learning_rate": 0, "gold_weight": 1}\n' * 2),
+        ("metrics.jsonl", "\udcff\n"),
+        ("../../../config.json", '{"tasks": 5}'),
+        ("../../../config.json", '{"single": {"learning_rate": "1"}}'),
+    ],
+)
+def test_figures_of_older_and_foreign_runs(tmp_path, capsys, name, content):
+    """Are refused, the file named."""
+    path = write_run(tmp_path) / "trial-1" / "single" / "rte" / name
+    path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    assert figure.command([str(tmp_path)]) == 2 and path.name in capsys.readouterr().err
+
+
+def test_download_names_a_damaged_archive(mirror, tmp_path):
+    """Whatever the unpacking stumbles over: here a deflated stream that is none."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as out:
+        for name, text in COLA.items():
+            out.writestr(name, text * 20)
+    data = buffer.getvalue()
+    table = offer_cola(mirror, "train 40 dev 20 test 41", data[:44] + b"\xff" * 20 + data[64:])
+    fails(download(mirror, tmp_path, "glue", tmp_path / "glue", table=table), "CoLA.zip cannot be unpacked")
