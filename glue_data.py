@@ -48,7 +48,7 @@ class Task:
     text: tuple[str, ...]  # column names of the one or two sentences
     label: str = "label"  # column name of the label
     labels: tuple[str, ...] = ()  # label words; none: a score
-    max_score: float = 5.0  # scores run from 0 to this
+    scores: tuple[float, float] = (0.0, 5.0)  # the range of scores
     metrics: tuple[str, ...] = ("accuracy",)
     symmetric: bool = False  # train on every pair twice, the second time swapped
     header: tuple[str, ...] = ()  # column names of labelled files that have no header line
@@ -216,7 +216,7 @@ def read_split(task, split, root):
 
 
 def read_label(task, word, path, line):
-    """The K targets of one example: one-hot, or score / max_score. Raises DataError, file and line named."""
+    """The K targets of one example: one-hot, or the score's place in its range. Raises DataError, file and line named."""
     if task.labels:
         if word not in task.labels:
             raise DataError(f"{path}, line {line}: unknown label {brief(word)}; expected {' or '.join(task.labels)}")
@@ -225,9 +225,10 @@ def read_label(task, word, path, line):
         score = float(word.replace("_", "?"))  # to Python, 0_5 would be 5
     except ValueError:
         score = float("nan")
-    if not 0 <= score <= task.max_score:
-        raise DataError(f"{path}, line {line}: score {brief(word)}; expected a number from 0 to {task.max_score:g}")
-    return [score / task.max_score]
+    low, high = task.scores
+    if not low <= score <= high:
+        raise DataError(f"{path}, line {line}: score {brief(word)}; expected a number from {low:g} to {high:g}")
+    return [(score - low) / (high - low)]
 
 
 # ---------------------------------------------------------------------------------------------------------- tokenizing
@@ -553,7 +554,8 @@ def mann_whitney_p(a, b):
 def answers(task, logits):
     """Outputs (N, K) to the words of GLUE's files: label words, or scores with three decimals inside their range."""
     if task.is_regression:
-        return [f"{value:.3f}" for value in np.clip(logits[:, 0] * task.max_score, 0, task.max_score)]
+        low, high = task.scores
+        return [f"{value:.3f}" for value in np.clip(low + logits[:, 0] * (high - low), low, high)]
     return [task.labels[index] for index in logits.argmax(1)]
 
 

@@ -74,6 +74,9 @@ def linear_dropout_add_norm(x, weight, bias, residual, norm_weight, norm_bias, p
 # ----------------------------------------------------------------------------------------------------------- attention
 
 
+SHRINK = 0.8
+
+
 class AttentionPlan:
     """How a packed batch is cut into buckets of similar length, padded to one length in each:
 
@@ -87,7 +90,7 @@ class AttentionPlan:
     every layer uses it, and no step waits for the device.
     """
 
-    def __init__(self, cu_seqlens, num_heads, to_device=torch.from_numpy, shrink=0.8):
+    def __init__(self, cu_seqlens, num_heads, to_device=torch.from_numpy, shrink=SHRINK):
         """shrink: a new bucket begins where a sequence is shorter than this part of its bucket's longest."""
         starts, lengths = np.asarray(cu_seqlens[:-1], np.int64), np.diff(cu_seqlens)
         order = np.argsort(-lengths, kind="stable")
@@ -95,31 +98,36 @@ class AttentionPlan:
         for place, length in enumerate(lengths[order]):
             if length < shrink * lengths[order[cuts[-1]]]:
                 cuts.append(place)
-        self.num_heads, self.buckets, tokens = num_heads, [], []
+        self.num_heads, self.buckets, self.padded = num_heads, [], 0
+        places = np.empty((4, len(order)), np.int64)  # of each sequence's first token; see pad_and_unpad
         for rows in np.split(order, cuts[1:]):
-            longest = lengths[rows[0]]
+            n, longest = len(rows), int(lengths[rows[0]])
             real = np.arange(longest) < lengths[rows, None]  # (n, L)
-            mask = None if real.all() else to_device(real[:, None, None])  # (n, 1, 1, L)
-            self.buckets.append((len(rows), int(longest), mask))
-            tokens.append(np.where(real, starts[rows, None] + np.arange(longest), -1))
+            self.buckets.append((n, longest, None if real.all() else to_device(real[:, None, None])))  # (n, 1, 1, L)
+            size = num_heads * longest
+            for value, column in zip(places, (self.padded, np.arange(n) * size, n * size, longest), strict=True):
+                value[rows] = column
+            self.padded += n * longest
+        places = np.repeat(places, lengths, axis=1)
+        places[1] += np.arange(places.shape[1]) - np.repeat(starts, lengths)
+        places = to_device(places)
         # A token has so many rows of A heads: its context; k and v; q, k and v.
-        self.moves = {parts: tuple(map(to_device, self.pad_and_unpad(tokens, parts))) for parts in (1, 2, 3)}
+        self.moves = {parts: self.pad_and_unpad(places, parts) for parts in (1, 2, 3)}
         self.cls = to_device(starts)  # each sequence's first token in the packed row
         # Longest first, and back.
         self.cls_order, self.cls_inverse = to_device(order), to_device(np.argsort(order))
 
-    def pad_and_unpad(self, tokens, parts):
+    def pad_and_unpad(self, places, parts):
         """Indices for vectors of D numbers that stand as (T, parts, A) in the batch and as (parts, n, A, L) in a bucket.
-        tokens: each bucket's (n, L), -1 for padding."""
-        part, head, places = np.arange(parts)[:, None, None, None], np.arange(self.num_heads)[:, None], []
-        for token in tokens:
-            vector = (token[:, None] * parts + part) * self.num_heads + head  # (parts, n, A, L)
-            places.append(np.where(token[:, None] < 0, -1, vector).ravel())
-        pad = np.concatenate(places)
-        real = np.flatnonzero(pad >= 0)
-        unpad = np.empty(len(real), np.int64)
-        unpad[pad[real]] = real
-        return np.maximum(pad, 0), unpad
+        places (4, T): padded tokens in the buckets before, place in its own bucket, and from there to the next part and
+        to the next head."""
+        before, place, next_part, next_head = places[:, :, None, None]
+        part, head = (torch.arange(count, device=places.device) for count in (parts, self.num_heads))
+        unpad = parts * self.num_heads * before + place + part[:, None] * next_part + head * next_head
+        unpad = unpad.flatten()
+        pad = torch.zeros(parts * self.num_heads * self.padded, dtype=torch.int64, device=places.device)
+        pad[unpad] = torch.arange(len(unpad), device=places.device)
+        return pad, unpad
 
 
 class Reindex(torch.autograd.Function):

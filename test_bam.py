@@ -1839,19 +1839,76 @@ def test_without_data_and_network_the_error_names_the_script_and_the_demo(tmp_pa
 README = (HERE / "README.md").read_text("utf-8")
 
 
-def test_readme_commands_are_accepted():
-    """Each command line in the README names flags, tasks and regimes that there are."""
-    lines = [
-        line.split("#")[0]
-        for line in README.splitlines()
-        if re.match(r"(python|torchrun).* bam.py |.* bam.py --demo", line)
-    ]
-    assert len(lines) >= 10
-    for line in lines:
-        args = bam.parse_args(shlex.split(line.split("bam.py", 1)[1]))
-        tasks = glue_data.resolve(args.task)
-        bam.regimes_of(args.regime, tasks)
-        bam.recipes(args)
+def readme_commands(start):
+    """The README's command lines that begin so, without their comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if re.match(start, line)]
+
+
+SHORT = ["--limit", "16", "--epochs", "1", "--batch-size", "8", "--max-length", "48", "--device", "cpu"]
+
+
+@pytest.fixture
+def readers_folder(quick, tmp_path, monkeypatch):
+    """A folder as a reader's, with the demo's data and checkpoint under the names that the README's commands take."""
+    demo = quick[0] / "demo"
+    for name in ("bert-base-uncased", "bert-large-uncased"):
+        shutil.copytree(demo / "checkpoint", tmp_path / "checkpoints" / "google-bert" / name)
+    shutil.copytree(demo / "checkpoint", tmp_path / "checkpoints" / "google" / "bert_uncased_L-2_H-128_A-2")
+    shutil.copytree(demo / "glue", tmp_path / "glue_data")
+    (tmp_path / "pairs.tsv").write_text("The cook will lift the car.\tThe chef will hoist the auto.\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_readme_commands_run(readers_folder, command, monkeypatch):
+    """Each `python bam.py` of the README, in its order, on few rows, fewer trials and the CPU; --predict - as well."""
+    commands = [shlex.split(line)[2:] for line in readme_commands("python bam.py ")]
+    assert len(commands) >= 10
+    for arguments in commands:
+        training = not {"--text", "--predict", "--export"} & set(arguments)
+        more = SHORT + ["--trials", "2"] * ("--trials" in arguments) if training else []
+        status, stdout, stderr = command(*arguments, *more)
+        assert status == 0, (arguments, stderr)
+        assert not training or "GLUE dev, percent" in stdout
+    assert (readers_folder / "hf" / "encoder" / "tokenizer.json").exists()
+    monkeypatch.setattr(
+        sys, "stdin", io.TextIOWrapper(io.BytesIO(b"The cook will lift the car.\tThe chef will lift it."))
+    )
+    status, stdout, _ = command("--out", "runs/all", "--task", "stsb", "--predict", "-")
+    assert status == 0 and 0 <= float(stdout.splitlines()[1]) <= 5
+
+
+def test_readme_demo_and_figure_commands_run(quick):
+    """The first of the two commands is what `quick` runs on fewer tasks and rows; its run is drawn again."""
+    (line,) = readme_commands("python3 -m venv .*--demo")
+    assert line.endswith(".venv/bin/python bam.py --demo") and QUICK[0] == "--demo"
+    assert "`python figure.py runs/all`" in README
+    assert figure.command([str(quick[0])]) == 0
+
+
+def test_readme_torchrun_commands_run(readers_folder):
+    """One machine, with two processes for the README's eight; and two machines, which here are one."""
+    lines = readme_commands(r".*torchrun ")
+    assert len(lines) == 3 and "srun" in lines[2]  # Slurm's is the second's, started by srun
+    second, third = (line.split("torchrun ")[1].split(" --rdzv") for line in lines[1:])
+    assert second[0] == third[0] and second[-1].split("bam.py")[1] == third[-1].split("bam.py")[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for number, line in enumerate(lines[:2]):
+        line = line.replace("--nproc_per_node=8", f"--nproc_per_node={2 - number}").replace("HOST", "127.0.0.1")
+        words = shlex.split(line.replace("/shared/", "shared/").replace("bam.py", str(HERE / "bam.py")))
+        variables = dict(word.split("=") for word in words if re.match("[A-Z_]+=", word))
+        words = [sys.executable, "-m", "torch.distributed.run", *words[len(variables) + 1 :], "--task", "rte", *SHORT]
+        processes = [
+            subprocess.Popen(
+                words, stderr=subprocess.PIPE, text=True, env=environment | variables, stdout=subprocess.DEVNULL
+            )
+            for _ in range(1 + number)
+        ]
+        errors = [process.communicate(timeout=200)[1] for process in processes]
+        assert not any(process.returncode for process in processes), errors
+    assert (readers_folder / "shared" / "runs" / "all" / "table.txt").exists()
 
 
 ADD_TASKS = """
@@ -1870,7 +1927,7 @@ def test_a_task_of_ones_own_is_one_row_and_a_folder(quick, tmp_path):
     for split, n in (("train", 64), ("dev", 20)):
         for folder, header, row in (
             ("BoolQ", "question\tpassage\tlabel", "will the cook mend the car ?\tthe chef will mend {0} .\t{1}"),
-            ("Toxicity", "severity\tcomment", "{2}\tthe hat is awful {0} ."),
+            ("Toxicity", "severity\tcomment", "-{2}\tthe hat is awful {0} ."),
         ):
             (tmp_path / "data" / folder).mkdir(parents=True, exist_ok=True)
             lines = [row.format("the car" if i % 2 else "the boat", i % 2, i % 11) for i in range(n)]
@@ -1883,7 +1940,7 @@ def test_a_task_of_ones_own_is_one_row_and_a_folder(quick, tmp_path):
     result = run(*arguments)
     assert result.returncode == 0 and "BoolQ  Toxicity" in result.stdout, result
     answer = run("--out", tmp_path / "run", "--task", "toxic", "--text", "the hat is ugly .").stdout.splitlines()
-    assert answer[0] == "prediction" and 0 <= float(answer[1]) <= 10
+    assert answer[0] == "prediction" and -10 <= float(answer[1]) <= 10
 
 
 def test_help_gives_every_setting_with_its_default_and_reason(capsys):
