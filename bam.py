@@ -793,7 +793,7 @@ class Run(Device):
         self.num_teachers = args.teachers
         self.regimes = regimes_of(args.regime, self.tasks)
         self.live = sys.stdout.isatty() and RANK == 0
-        self.save_every, self.saved_at = args.save_minutes * 60, time.time()
+        self.save_seconds, self.save_steps, self.saved_at = args.save_minutes * 60, args.save_steps, time.time()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.log = open(self.folder / "log.txt" if RANK == 0 else os.devnull, "a", encoding="utf-8")
@@ -927,10 +927,11 @@ class Run(Device):
                 print(line, file=self.log, flush=True)
 
     def time_to_save(self, step):
-        """Whether minutes have passed, or somebody asked to stop; every process gets the same answer."""
-        code = 2 if self.signals else int(time.time() - self.saved_at > self.save_every)
+        """Whether minutes or steps have passed, or somebody asked to stop; every process gets the same answer."""
+        on_time = time.time() - self.saved_at > self.save_seconds
+        code = 2 if self.signals else int(on_time or (step + 1) % self.save_steps == 0)
         if WORLD > 1:
-            if step % Progress.EVERY:  # agreeing makes the host wait for the device
+            if self.device.type == "cuda" and step % Progress.EVERY:  # agreeing makes the host wait for the device
                 return False
             agreed = torch.tensor(code, device=self.device)
             dist.all_reduce(agreed, dist.ReduceOp.MAX)
@@ -1069,6 +1070,7 @@ def build_parser():
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 autocast on CUDA")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the fused ops (default: on CUDA)")
     add("--save-minutes", type=float, default=5, help="between two checkpoints inside a stage (default 5)")
+    add("--save-steps", type=int, default=10**9, help="the same in steps, whichever comes first (default: never)")
     finished = parser.add_argument_group("with a finished run", "--out names it, and --task the head")
     finished.add_argument("--predict", metavar="FILE", help="label a TSV of one's own, - for standard input")
     finished.add_argument("--text", help="label one text, or with --text2 one pair")
@@ -1085,8 +1087,8 @@ def build_parser():
 
 def parse_args(argv):
     args = build_parser().parse_args(argv)
-    if min(args.trials, args.teachers, 1 if args.limit is None else args.limit) < 1:
-        raise UsageError("--trials, --teachers and --limit: expected at least 1")
+    if min(args.trials, args.teachers, args.save_steps, 1 if args.limit is None else args.limit) < 1:
+        raise UsageError("--trials, --teachers, --save-steps and --limit: expected at least 1")
     if args.demo and (args.data or args.checkpoint):
         raise UsageError("--demo makes its own data and checkpoint; --data and --checkpoint are for real ones")
     args.data = args.data or "glue_data"
