@@ -190,9 +190,9 @@ def build(folder, splits, new, *sources):
     elif sources[0].endswith(".zip"):
         try:
             unpack(sources[0], name, new, splits.split()[::2])
-        except ValueError:
-            raise
         except Exception as error:    # a damaged archive raises whatever it stumbles over
+            if type(error) is ValueError:    # ours
+                raise
             raise ValueError(f"{sources[0]} cannot be unpacked: {error!s:.200}")
     else:
         shutil.copy(sources[0], os.path.join(new, name + ".tsv"))

@@ -299,6 +299,9 @@ def draw(run_directory):
         raise FigureError(f"{folder}: no trial-*/REGIME/metrics.jsonl or scores.json; expected bam.py's run directory")
     tasks = config.get("tasks") or sorted({task for stage in stages for task in (stage.task, *stage.scores) if task})
     scored, logged = ([stage for stage in stages if getattr(stage, name)] for name in ("scores", "log"))
+    unknown = {task for stage in stages for task in stage.scores} - set(tasks)
+    if unknown:
+        raise FigureError(f"{folder}: scores of {', '.join(sorted(unknown))}, of which config.json knows nothing")
     sections = [score_section(scored, tasks)] if scored else []
     sections += [loss_section(logged, tasks, config), schedule_section(logged, config)] if logged else []
     drawing, y = heading(folder, config, tasks, stages), 96

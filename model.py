@@ -14,9 +14,11 @@ all tasks together; attention alone pads: n sequences of a bucket to L tokens.
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import os
+import pickletools
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -432,7 +434,7 @@ def read_weights(folder, prefix):
     else:
         path = folder / WEIGHTS[1]
         try:
-            refuse_packed(path)
+            refuse_what_never_ends(path)
             tensors = torch.load(path, map_location="cpu", weights_only=True)  # never unpickles code
         except Exception as error:  # a damaged pickle raises whatever it stumbles over
             reason = str(error).strip().split("\n")[0]
@@ -460,12 +462,19 @@ def is_plain(value):
     return plain and value.is_floating_point()  # not complex, not quantized
 
 
-def refuse_packed(path):
-    """torch.save does not compress; torch.load would unpack a thousand times a file's size."""
+def refuse_what_never_ends(path):
+    """torch.save does not compress: torch.load would unpack a thousand times a file's size. Its names are short:
+    torch.load's own error message takes time that grows with the square of their length."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                 raise ValueError("its members are compressed")
+            pickles = [io.BytesIO(archive.read(name)) for name in archive.namelist() if name.endswith(".pkl")]
+    else:
+        pickles = [open(path, "rb")] * 4  # the older format: four in a row, then the tensors
+    for file in pickles:
+        if any(isinstance(word, str) and len(word) > 1000 for _, word, _ in pickletools.genops(file)):
+            raise ValueError("a name in it is longer than 1000 letters")
 
 
 def read_safetensors(path):
