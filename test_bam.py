@@ -6,6 +6,7 @@ Hugging Face figures, hand-written files, and brute force. No network. `python -
 """
 
 import argparse
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -37,8 +38,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import bam
+import bench_bam
 import figure
 import glue_data
 import model as bert
@@ -2644,6 +2647,199 @@ def test_download_unreadable_table(mirror, tmp_path):
     """A table that is not there is an error, not an empty success."""
     result = download(mirror, tmp_path, "glue", tmp_path / "glue", BAM_TABLE=str(tmp_path / "none"))
     assert result.returncode == 1 and "complete" not in result.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------- bench_bam.py
+
+MEASURED = {"name", "variant", "examples_per_s", "tokens_per_s", "share_of_peak", "peak_bytes", "ratio", "ratio_spread"}
+BENCHED = BertConfig(1000, 16, 2, 4, 32, max_position_embeddings=128)
+CPU = argparse.Namespace(device="cpu", precision="float32", compile=False)
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch, capsys):
+    """Run bench_bam.py here, its child processes too, on a tiny random BERT and drawn rows: (JSON lines, stdout)."""
+    torch.manual_seed(0)
+    (tmp_path / "bert").mkdir()
+    save_pretrained(MultiTaskBert(BENCHED, {"": 1}), tmp_path / "bert")
+    monkeypatch.setattr(bench_bam, "LIMIT", 100)
+    monkeypatch.setattr(bam, "MULTI", replace(bam.MULTI, batch_size=16))
+    monkeypatch.setattr(glue_data, "DEMO_ROWS", dict.fromkeys(glue_data.DEMO_ROWS, 40))
+    for name, value in {"BATCHES": (3, 20), "COUNTS": (100, 200), "SHAPES": {"tiny": (1, 16, 2)}}.items():
+        monkeypatch.setattr(bench_bam, name, value)
+    monkeypatch.setattr(bench_bam, "first_step", lambda arguments: 7.5 - 5 * ("--no-compile" in arguments))
+
+    def here(command, **_):
+        with contextlib.redirect_stdout(io.StringIO()) as stdout:
+            bench_bam.main(command[command.index("--child") :])
+        return subprocess.CompletedProcess(command, 0, stdout.getvalue())
+
+    def run(*arguments, child_processes=False):
+        if not child_processes:
+            monkeypatch.setattr(bench_bam.subprocess, "run", here)
+        files = ["--checkpoint", tmp_path / "bert", "--data", tmp_path / "none", "--json", tmp_path / "speed.jsonl"]
+        bench_bam.main([*map(str, files), "--rounds", "1", *arguments])
+        lines = [json.loads(line) for line in (tmp_path / "speed.jsonl").read_text().splitlines()]
+        return lines, capsys.readouterr().out
+
+    return run
+
+
+def variants_of(config, dataset):
+    """Ours and both peers with the same weights, and our model."""
+    pytest.importorskip("transformers")
+    run, outputs = bam.Device(CPU), {task.name: task.num_outputs for task in dataset.tasks}
+    model = tiny_model(config, **outputs)
+    return {name: bench_bam.variant_of(name, run, model, dataset) for name in ("hf_default", "hf_best", "ours")}, model
+
+
+def drawn_rows(*names, rows=40):
+    return mix([bench_bam.draw(TASKS[name], rows, 30, BENCHED.vocab_size) for name in names])
+
+
+def test_bench_measures_everything(bench):
+    """Every measurement the docstring speaks of, each line with all keys; our ratio to ourselves is 1; a table too."""
+    pytest.importorskip("transformers")
+    lines, stdout = bench("--scale")
+    found = {(line["name"], line["variant"]) for line in lines}
+    for name in ("train_mixed", "train_sst2", "train_mrpc", "evaluate", "teacher_outputs"):
+        for variant in ("ours", "hf_default", "hf_best"):
+            (line,) = [line for line in lines if (line["name"], line["variant"]) == (name, variant)]
+            assert set(line) >= MEASURED and None not in [line[key] for key in MEASURED]
+            assert line["examples_per_s"] > 0 and line["tokens_per_s"] > 4 * line["examples_per_s"]
+            assert 0 < line["share_of_peak"] < 2 and line["peak_bytes"] > 1e8 and line["precision"] == "float32"
+            assert (line["ratio"] == 1) == (variant == "ours") and len(line["ratio_spread"]) == 2
+    names = {"memory", "read", "tokenize", "start_up", "ablation"}
+    scales = {"scale_batch", "scale_length", "scale_model", "scale_rows", "scale_processes"}
+    assert {name for name, _ in found} >= names | scales
+    assert len({variant for name, variant in found if name == "ablation"}) >= 7 and "worth less than" in stdout
+    assert [line["at"] for line in lines if line["name"] == "scale_batch"] == [3, 20]
+    (start,) = [line for line in lines if (line["name"], line["variant"]) == ("start_up", "ours, compiled")]
+    assert "5.0 s of it compiling" in start["note"]
+    assert re.search(r"hf_default +\d+\.\d ex/s +\d+ tok/s +\d+\.\d% of peak +ours ×", stdout)
+
+
+def test_bench_without_transformers(bench, monkeypatch):
+    """Ours alone is measured, with real child processes, and a line says what to install."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    lines, stdout = bench("--quick", child_processes=True)
+    assert [(line["name"], line["variant"]) for line in lines] == [("train_mixed", "ours"), ("evaluate", "ours")]
+    assert all(line["peak_bytes"] > 1e8 for line in lines)
+    assert stdout.count("pip install transformers==") == 1
+
+
+def test_bench_compares_the_same_work():
+    """With dropout off, loss and gradients of a batch and logits of a set are the same within 1e-5: ours, and both
+    ways of running Hugging Face's."""
+    dataset = drawn_rows("mnli", "cola", "stsb")
+    config = replace(BENCHED, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+    variants, model = variants_of(config, dataset)
+    rows, single, found = np.random.default_rng(0).permutation(len(dataset))[:50], drawn_rows("mnli", rows=60), {}
+    for name, variant in variants.items():
+        logits, loss = variant(single), variant.gradients(rows)
+        if name == "ours":
+            grads = gradients(model)
+        else:
+            grads = {f"bert.{key}": p.grad for key, p in variant.encoder.named_parameters()}
+            for kind, task in itertools.product(("weight", "bias"), model.columns):
+                grads[f"heads.{task}.{kind}"] = getattr(variant.head, kind).grad[model.columns[task]]
+        found[name] = loss.item(), logits, grads
+    loss, logits, grads = found.pop("ours")
+    largest = max(grad.abs().max().item() for grad in grads.values())
+    for other_loss, other_logits, other_grads in found.values():
+        assert other_loss == pytest.approx(loss, rel=1e-5)
+        np.testing.assert_allclose(other_logits, logits, atol=1e-5 * np.abs(logits).max())
+        assert other_grads.keys() == grads.keys()
+        for name, grad in grads.items():
+            torch.testing.assert_close(other_grads[name], grad, rtol=0, atol=1e-5 * largest, msg=name)
+
+
+@pytest.mark.parametrize("length", [5, 37])
+def test_bench_counts_the_operations_of_the_full_model(length):
+    """As PyTorch's own counter does on Hugging Face's encoder for one sequence, but for the pooler's 2 H²; training's
+    three times."""
+    transformers = pytest.importorskip("transformers")
+    shape = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
+    peer = transformers.BertModel(transformers.BertConfig(vocab_size=99, attn_implementation="eager", **shape))
+    with FlopCounterMode(display=False) as forward:
+        output = peer(torch.ones(1, length, dtype=torch.long)).pooler_output
+    with FlopCounterMode(display=False) as backward:
+        output.sum().backward()
+    model = MultiTaskBert(BertConfig(99, *shape.values()), {"rte": 2})
+    pooler = 2 * 16 * 16
+    assert bench_bam.operations(model, [length], 1) == forward.get_total_flops() - pooler
+    both = forward.get_total_flops() + backward.get_total_flops()
+    assert bench_bam.operations(model, [length, length], 3) == 2 * (both - 3 * pooler)
+
+
+def test_bench_shares_follow_from_the_line(bench, monkeypatch):
+    """share_of_peak · matrix rate · seconds are the operations of the batch that was measured."""
+    monkeypatch.setattr(bench_bam, "peers", lambda: [])
+    monkeypatch.setattr(bench_bam, "matrix_rate", lambda run, config: 1e9)
+    (train, evaluate), _ = bench("--quick")
+    rows = bench_bam.Rows(Path("none"), Path("none"), BENCHED.vocab_size)
+    lengths = np.diff(rows.mixed.offsets)[rows.batches(1, 16)[0]].tolist()
+    dev = np.diff(rows.read(TASKS["qnli"], "dev", 128).offsets).tolist()
+    for line, tokens, passes in ((train, lengths, 3), (evaluate, dev, 1)):
+        assert line["tokens_per_s"] / line["examples_per_s"] == pytest.approx(sum(tokens) / len(tokens))
+        products = sum(2 * n * (4 * 16 * 16 + 2 * 16 * 32) + 4 * n * n * 16 for n in tokens)  # of one of two layers
+        expected = passes * 2 * products * line["examples_per_s"] / len(tokens) / 1e9
+        assert line["share_of_peak"] == pytest.approx(expected)
+
+
+def test_bench_draws_the_lengths_of_glue(tmp_path):
+    """Means within 5 % of the table's, 5 to 128 tokens; tasks come with p ∝ size^0.75 of GLUE's sizes, pairs doubled;
+    the rows of a batch of one task are that task's."""
+    rows = bench_bam.Rows(tmp_path, tmp_path / "vocab.txt", 1000)
+    lengths = np.diff(rows.mixed.offsets)
+    assert lengths.min() >= 5 and lengths.max() <= 128
+    for place, (_, mean) in enumerate(bench_bam.GLUE.values()):
+        assert lengths[rows.mixed.task_ids == place].mean() == pytest.approx(mean, rel=0.05)
+    found = np.bincount(rows.mixed.task_ids[rows.batches(200, 128)].ravel()) / (200 * 128)
+    sizes = np.array([8551, 67349, 2 * 3668, 2 * 5749, 363846, 392702, 104743, 2490]) ** 0.75
+    np.testing.assert_allclose(found, sizes / sizes.sum(), atol=0.01)
+    assert set(rows.mixed.task_ids[rows.batches(3, 32, "mrpc")].ravel()) == {2}
+
+
+def test_bench_uses_the_rows_that_are_there(tmp_path, monkeypatch):
+    """Only the tasks of the folder, with the number of their training rows, doubled pairs counted twice."""
+    sizes = {name: 20 + place for place, name in enumerate(glue_data.DEMO_ROWS)}
+    monkeypatch.setattr(glue_data, "DEMO_ROWS", sizes)
+    glue_data.write_demo(tmp_path / "glue", tmp_path / "vocab.txt")
+    for name in ("MNLI", "QQP", "QNLI"):
+        shutil.rmtree(tmp_path / "glue" / name)
+    rows = bench_bam.Rows(tmp_path / "glue", tmp_path / "vocab.txt", 1000)
+    assert rows.real and rows.sizes == {"cola": 20, "sst2": 21, "mrpc": 44, "stsb": 46, "rte": 27}
+    assert np.bincount(rows.mixed.task_ids).tolist() == list(rows.sizes.values())
+
+
+def test_bench_ablations_compute_the_same():
+    """Taking an optimization off changes no gradient (dropout off, 1e-5 of the largest), and afterwards it is on."""
+    dataset = drawn_rows("mnli", "cola")
+    config = replace(BENCHED, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+    run = bam.Device(CPU)
+    model = tiny_model(config, mnli=3, cola=2)
+    ours, rows = bench_bam.variant_of("ours", run, model, dataset), np.arange(60)
+    gradient = ours.optimizer.gradients
+
+    def computed():
+        gradient.zero_()
+        ours.gradients(rows)
+        return gradient.clone()
+
+    off = bench_bam.optimizations(argparse.Namespace(run=run, on_cpu=True, variants={"ours": ours}))
+    expected = computed()
+    state = bert.dropout, bert.attend, bert.Reindex.apply, bert.BertLayer.forward, bam.AttentionPlan, run.tokens_at_once
+    for name, patches in off.items():
+        with contextlib.ExitStack() as stack:
+            for patch in patches:
+                stack.enter_context(patch)
+            message = f"without {name}"
+            torch.testing.assert_close(
+                computed(), expected, rtol=0, atol=1e-5 * expected.abs().max().item(), msg=message
+            )
+        now = bert.dropout, bert.attend, bert.Reindex.apply, bert.BertLayer.forward, bam.AttentionPlan
+        assert (*now, run.tokens_at_once) == state and ours.optimizer.adam.param_groups[0]["fused"]
 
 
 # ------------------------------------------------------------------------------------------------------- hostile input
