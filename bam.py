@@ -271,8 +271,7 @@ def logits_of(model, run, dataset, rows):
 def add_gradients(model, run, targets, rows, gold_weight, seed):
     """Add the gradient of the summed loss of the examples `rows` (B,) to the parameters'; return (loss, tokens).
 
-    The gradient of a sum is the sum of the gradients: one part of the batch after the other bounds the memory, and on a
-    CPU takes less time, since a part stays in the caches."""
+    The gradient of a sum is the sum of the gradients: one part of the batch after the other bounds the memory."""
     torch.manual_seed(seed)
     loss, tokens = torch.zeros((), device=run.device), 0
     for part in glue_data.parts(targets.dataset, rows, run.tokens_at_once):

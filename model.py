@@ -13,6 +13,7 @@ all tasks together; attention alone pads: n sequences of a bucket to L tokens.
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -40,7 +41,13 @@ COMPILE = False  # set by bam.py: on with CUDA, off on a CPU, where compiling co
 
 def fused(function):
     """A function without state that trains under torch.compile where COMPILE is on; `.plain` is its eager self."""
-    compiled = torch.compile(function, fullgraph=True, dynamic=True)
+
+    @functools.cache  # when it is first called: torch.compile's import takes as long as torch's
+    def compiler():
+        return torch.compile(function, fullgraph=True, dynamic=True)
+
+    def compiled(*args):
+        return compiler()(*args)
 
     def call(*args):  # only training repays compiling
         return compiled(*args) if COMPILE and torch.is_grad_enabled() else function(*args)
@@ -51,8 +58,9 @@ def fused(function):
 
 def dropout(x, p):
     """BERT's dropout. On a CPU each element gets 16 bits of a 64-bit draw, faster there than F.dropout; so p
-    becomes the nearest multiple of 1/65536 (0.1 becomes 0.100006), and the scale fits that."""
-    if p == 0 or x.device.type != "cpu":
+    becomes the nearest multiple of 1/65536 (0.1 becomes 0.100006), and the scale fits that. torch.compile cannot draw
+    so."""
+    if p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     dropped = round(p * 65536)

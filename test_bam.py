@@ -705,6 +705,9 @@ def test_fused_ops_compile_whole_and_equal_their_plain_selves():
             0.0,
             1e-12,
         )
+        norm = torch.ones(8), torch.zeros(8)
+        dropped = bert.linear_dropout_add_norm.compiled(x, torch.eye(8), torch.ones(8), -x, *norm, 0.5, 1e-12)
+        assert dropped.isfinite().all() and dropped.std() > 0.1  # else x + 1 - x, the same number everywhere
         own = torch.tensor([0, 0, 1])[None] == torch.arange(rows)[:, None] % 2
         labels = torch.rand(rows, 3) * own
         check(
