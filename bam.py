@@ -1052,36 +1052,42 @@ def build_parser():
     parser = argparse.ArgumentParser(
         "bam.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
+    add_training_flags(parser)
+    add = parser.add_argument_group("with a finished run", "--out names it, and --task the head").add_argument
+    add("--predict", metavar="FILE", help="label a TSV of one's own, - for standard input")
+    add("--text", help="label one text, or with --text2 one pair")
+    add("--text2")
+    add("--export", metavar="FOLDER", help="write the encoder and each task's model for Hugging Face")
+    add = parser.add_argument_group("recipe", "one value for both, or single,multi").add_argument
+    for entry in fields(Recipe):
+        shown = [getattr(recipe, entry.name) for recipe in (SINGLE, MULTI)]
+        default = ",".join(dict.fromkeys("anneal" if value is None else f"{value:g}" for value in shown))
+        why = entry.metadata["why"].replace("%", "%%")
+        add(flag_of(entry), metavar="X", help=f"{why} (default {default})")
+    return parser
+
+
+def add_training_flags(parser):
+    add = parser.add_argument_group("what is trained").add_argument
     add("--task", default="all", help="all, or names with commas between: " + ", ".join(glue_data.TASKS))
     rows = ", ".join(REGIMES)
     add("--regime", help=f"rows of the table: all, or {rows} (default single-multi, or single for one task)")
     add("--trials", type=int, default=1, help="repeat over seeds; report median, spread and Mann-Whitney p (default 1)")
     add("--teachers", type=int, default=1, help="so many seeds of each teacher, their outputs averaged (default 1)")
     add("--seed", type=int, default=0, help="trial 1's; every stage of every trial derives its own (default 0)")
+    add("--limit", type=int, help="at most so many rows of each training set, evenly spaced (default: all)")
+    add = parser.add_argument_group("files").add_argument
+    add("--demo", action="store_true", help="generated data and a tiny BERT: no download, two minutes")
     add("--data", help="the GLUE folder; downloaded if it is not there (default glue_data)")
     add("--checkpoint", help="a folder, or a public name (default google-bert/bert-base-uncased)")
     add("--teacher-checkpoint", help="another one for the teachers: only their outputs reach the student")
     add("--out", help="run directory; repeating the command goes on there (default runs/TASK)")
-    add("--limit", type=int, help="at most so many rows of each training set, evenly spaced (default: all)")
-    add("--demo", action="store_true", help="generated data and a tiny BERT: no download, two minutes")
+    add("--save-minutes", type=float, default=5, help="between two checkpoints inside a stage (default 5)")
+    add("--save-steps", type=int, default=10**9, help="the same in steps, whichever comes first (default: never)")
+    add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="cuda, cpu, mps (default: cuda where there is one)")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 autocast on CUDA")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the fused ops (default: on CUDA)")
-    add("--save-minutes", type=float, default=5, help="between two checkpoints inside a stage (default 5)")
-    add("--save-steps", type=int, default=10**9, help="the same in steps, whichever comes first (default: never)")
-    finished = parser.add_argument_group("with a finished run", "--out names it, and --task the head")
-    finished.add_argument("--predict", metavar="FILE", help="label a TSV of one's own, - for standard input")
-    finished.add_argument("--text", help="label one text, or with --text2 one pair")
-    finished.add_argument("--text2")
-    finished.add_argument("--export", metavar="FOLDER", help="write the encoder and each task's model for Hugging Face")
-    group = parser.add_argument_group("recipe", "one value for both, or single,multi")
-    for entry in fields(Recipe):
-        shown = [getattr(recipe, entry.name) for recipe in (SINGLE, MULTI)]
-        default = ",".join(dict.fromkeys("anneal" if value is None else f"{value:g}" for value in shown))
-        why = entry.metadata["why"].replace("%", "%%")
-        group.add_argument(flag_of(entry), metavar="X", help=f"{why} (default {default})")
-    return parser
 
 
 def parse_args(argv):
