@@ -471,8 +471,9 @@ def is_plain(value):
 
 
 def refuse_what_never_ends(path):
-    """torch.save does not compress: torch.load would unpack a thousand times a file's size. Its names are short:
-    torch.load's own error message takes time that grows with the square of their length."""
+    """torch.save does not compress: torch.load would unpack a thousand times a file's size. Its names are short, and it
+    refers back to globals and names, and to a tensor that is tied to another: torch.load's own error message takes
+    time that grows with the square of a name's length, and spells out a list of twice a list of twice a list."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
@@ -481,8 +482,16 @@ def refuse_what_never_ends(path):
     else:
         pickles = [open(path, "rb")] * 4  # the older format: four in a row, then the tensors
     for file in pickles:
-        if any(isinstance(word, str) and len(word) > 1000 for _, word, _ in pickletools.genops(file)):
-            raise ValueError("a name in it is longer than 1000 letters")
+        last, made_by, repeats = "", {}, 0
+        for opcode, word, _ in pickletools.genops(file):
+            if isinstance(word, str) and len(word) > 1000:
+                raise ValueError("a name in it is longer than 1000 letters")
+            if "PUT" in opcode.name:
+                made_by[word] = last
+            repeats += "GET" in opcode.name and not made_by.get(word, "").endswith(("GLOBAL", "UNICODE", "STRING"))
+            last = opcode.name
+        if repeats > 16:
+            raise ValueError("its values repeat each other")
 
 
 def read_safetensors(path):

@@ -3363,6 +3363,20 @@ def test_states_of_older_and_foreign_runs(small_run, keep_signals, tmp_path, cap
     refuses(logits)
 
 
+@pytest.mark.parametrize("twice", [b"h\0h\0\x86q\0", b"](h\0h\0eq\0"])
+def test_a_pickle_that_doubles_and_doubles(checkpoint, twice):
+    """A tuple of twice a tuple of twice a tuple, or so with lists, forty times over, is refused at once."""
+    path = checkpoint / "pytorch_model.bin"
+    (checkpoint / "model.safetensors").unlink()
+    torch.save({}, path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, b"\x80\2)q\0" + 40 * twice + b")R." if name.endswith("data.pkl") else content)
+    assert "repeat each other" in attempt(lambda: load_pretrained(checkpoint), path)[1]
+
+
 def test_an_argument_that_is_not_utf8(small_run, capsys):
     arguments = ["--task", "rte", "--text", "w1", "--text2", "\udcff", "--out", str(small_run[1])]
     assert bam.command(arguments) == 2 and "--text: is not UTF-8" in capsys.readouterr().err
