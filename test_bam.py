@@ -725,8 +725,8 @@ def test_training_compiles_once(monkeypatch):
     """After two batches no other number of sequences or tokens, nor another model of this shape, compiles anything; and
     compiled training has the plain one's gradients."""
     data = mix([dataset(np.random.default_rng(0).integers(4, 40, size=200), "rte"), dataset([9] * 40, "stsb", 1)])
+    monkeypatch.setattr(bert, "COMPILE", True)  # and back, which bam.Device would not do
     device = bam.Device(argparse.Namespace(device="cpu", precision="float32", compile=True))
-    monkeypatch.setattr(bert, "COMPILE", True)
     targets, models = bam.Targets(device, data, data.labels), [tiny_model(rte=2, stsb=1).train() for _ in range(2)]
 
     def gradients_of(model, *batches):
