@@ -18,7 +18,7 @@ TASKS = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "qqp"
          "qnli": "QNLI", "rte": "RTE", "wnli": "WNLI"}  # fmt: skip
 REGIMES = {"single-teacher": "Single, teacher", "multi-teacher": "Multi, teacher", "single": "Single", "multi": "Multi",
            "single-single": "Single→Single", "multi-multi": "Multi→Multi", "single-multi": "Single→Multi"}  # fmt: skip
-# Okabe and Ito's colours for colour-blind readers: these four, and a grey, stand out from white and from near-black.
+# Okabe and Ito's colours for colour-blind readers, and a grey; they stand out from white and from near-black.
 STYLE = """
 svg { font: 12px -apple-system, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; color: #1f2328; }
 text { fill: currentColor; }  .page { fill: #ffffff; }
@@ -27,7 +27,8 @@ text { fill: currentColor; }  .page { fill: #ffffff; }
 .muted { fill-opacity: 0.7; font-weight: 400; }  .middle { text-anchor: middle; }  .end { text-anchor: end; }
 .rule { stroke: currentColor; stroke-opacity: 0.16; }  circle { fill: currentColor; fill-opacity: 0.75; }
 path { fill: none; stroke: currentColor; stroke-width: 1.5; stroke-linecap: round; stroke-linejoin: round; }
-.single-teacher, .single { color: #7d8590; }  .multi-teacher, .multi { color: #0072b2; }
+.single-teacher { color: #e69f00; }  .multi-teacher { color: #56b4e9; }
+.single { color: #7d8590; }  .multi { color: #0072b2; }
 .single-single { color: #009e73; }
 .multi-multi { color: #cc79a7; }  .single-multi { color: #d55e00; }
 """
