@@ -298,12 +298,14 @@ def add_gradients_within_memory(optimizer, model, run, *batch):
 def resume(optimizer, run, path, num_steps):
     """Restore the latest checkpoint and return its step, 0 where there is none. A damaged one is named, and the one
     before used."""
-    for candidate in (path, one_before(path)):
-        if run.exists(candidate):
-            try:
-                return optimizer.load(candidate, num_steps)
-            except CheckpointError as error:
-                run.say(f"{error}; going back to the one before it")
+    present = [candidate for candidate in (path, one_before(path)) if run.exists(candidate)]
+    for candidate in present:
+        try:
+            return optimizer.load(candidate, num_steps)
+        except CheckpointError as error:
+            run.say(f"{error}; going back to the one before it")
+    if present:
+        run.say(f"{path}: no checkpoint is whole; the training of this model starts again")
     return 0
 
 

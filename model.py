@@ -84,9 +84,6 @@ def linear_dropout_add_norm(x, weight, bias, residual, norm_weight, norm_bias, p
 # ----------------------------------------------------------------------------------------------------------- attention
 
 
-SHRINK = 0.8
-
-
 class AttentionPlan:
     """How a packed batch is cut into buckets of similar length, padded to one length in each:
 
@@ -96,11 +93,11 @@ class AttentionPlan:
     unpad       0 1 2 3 4 5 6 7 8 10 11                    each token's padded place
 
     What moves is not a token's row of numbers but its queries, keys and values, head by head, so that every bucket
-    finds its q, k and v as (n, A, L, D) without another copy. Made on the host from cu_seqlens (B + 1,) once a batch;
-    every layer uses it, and no step waits for the device.
+    finds its q, k and v as (n, A, L, D) without another copy. Made once a batch from cu_seqlens (B + 1,), which stay on
+    the host, so that no step waits for the device; every layer uses it.
     """
 
-    def __init__(self, cu_seqlens, num_heads, to_device=torch.from_numpy, shrink=SHRINK):
+    def __init__(self, cu_seqlens, num_heads, to_device=torch.from_numpy, shrink=0.8):
         """shrink: a new bucket begins where a sequence is shorter than this part of its bucket's longest."""
         starts, lengths = np.asarray(cu_seqlens[:-1], np.int64), np.diff(cu_seqlens)
         order = np.argsort(-lengths, kind="stable")

@@ -1684,6 +1684,7 @@ def test_a_damaged_run_directory_is_named(quick, command, tmp_path):
     assert status == 0 and re.search(
         r"training.safetensors: holds .*; expected .*; going back to the one before it", stdout
     )
+    assert "training.safetensors: no checkpoint is whole; the training of this model starts again" in stdout
     assert files_of(tmp_path / "run", *RESULTS) == files_of(quick[0], *RESULTS)
 
 
