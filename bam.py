@@ -17,6 +17,7 @@ starts as an imitation and ends above its teachers:
 import argparse
 import contextlib
 import copy
+import ctypes
 import datetime
 import hashlib
 import itertools
@@ -172,6 +173,8 @@ class Adam:
             # A count so high that the bias correction 1 - β^count is 1: BERT's Adam has none.
             moments = {"exp_avg": self.mean[start:end], "exp_avg_sq": self.square[start:end]}
             state[segment] = {"step": torch.tensor(1e6, device=device), **moments}
+        # On a CPU the gradients of a batch's words are added to the row alone, without zeros for all the other words.
+        model.word_embeddings.sparse = device.type == "cpu"
         self.adam = torch.optim.AdamW(segments, lr=0.0, betas=(0.9, 0.999), eps=1e-6, fused=True)
         self.adam.state.update(state)
 
@@ -223,7 +226,8 @@ def one_before(path):
 # run.write(f, ...): rank 0 calls f, the others wait; run.exists(path): what rank 0 sees. run.teachers is the run that
 # trains the teachers: the same one, or, with --teacher-checkpoint, one like it with another checkpoint and its tokens.
 
-MIN_TOKENS = 256  # at once, where memory is short
+TOKENS_AT_ONCE = {True: 8192, False: 2048}  # on CUDA or not, in training and predicting: what fills it, and no more
+MIN_TOKENS = 256  # where memory is short
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
 
@@ -761,9 +765,11 @@ class Device:
         on_cuda = self.device.type == "cuda"
         self.bfloat16 = on_cuda if args.precision == "auto" else args.precision == "bfloat16"
         bert.COMPILE = on_cuda if args.compile is None else args.compile
-        # What is in memory at once, in training and in predicting: what fills the device, and no more.
-        self.tokens_at_once = 8192 if on_cuda else 2048
+        bert.VARLEN = on_cuda and self.bfloat16 and args.varlen and bert.varlen_works(self.device)
+        self.tokens_at_once = TOKENS_AT_ONCE[on_cuda]
         self.signals = []  # asking to stop
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     def to_device(self, array):
         tensor = torch.from_numpy(array)
@@ -782,6 +788,17 @@ class Device:
     def stop_if_asked(self):
         if self.signals:
             raise KeyboardInterrupt
+
+
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt, in glibc's malloc.h
+
+
+def keep_freed_memory():
+    """Let glibc keep what a step frees for the next: given back, it would be mapped again page by page."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(MMAP_THRESHOLD, 2**25)  # bytes; the most it takes
+        mallopt(TRIM_THRESHOLD, 2**31 - 1)
 
 
 class Run(Device):
@@ -1090,6 +1107,7 @@ def add_training_flags(parser):
     add("--device", default="auto", help="cuda, cpu, mps (default: cuda where there is one)")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 autocast on CUDA")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the fused ops (default: on CUDA)")
+    add("--no-varlen", action="store_false", dest="varlen", help="CUDA: attention in buckets, without FlashAttention")
 
 
 def parse_args(argv):

@@ -4,6 +4,8 @@ trains and predicts with, beside Hugging Face transformers on the same rows with
     python bench_bam.py                      # everything, on whatever machine this is
     python bench_bam.py --quick              # the mixed stream and evaluation alone; three minutes on two cores
     python bench_bam.py --scale              # also cost against batch, length, model size, rows and processes
+    python bench_bam.py --precisions 5       # scores of five seeds in float32 and in bfloat16
+    python bench_bam.py --limits             # what a GPU would have to do and to hold, computed without one
     python bench_bam.py --json speed.jsonl   # one object a line for each measurement
 
 Peers: hf_default is run_glue's default, every row padded to 128, float32. hf_best is the best that transformers could
@@ -14,6 +16,7 @@ the full model's operations over real tokens, whatever a variant adds by padding
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import itertools
 import json
@@ -23,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from dataclasses import asdict
 from pathlib import Path
 from unittest import mock
@@ -32,6 +36,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import bam
 import glue_data
@@ -519,6 +525,18 @@ def memory(bench, items):
             bench.record("memory", variant, peak_bytes=peak, ratio=ours / peak, note=note, **more)
 
 
+class FreedMemoryGoesBack:
+    """glibc as it is when it starts, for a while."""
+
+    def __enter__(self):
+        with contextlib.suppress(AttributeError, OSError, TypeError):
+            ctypes.CDLL(None).mallopt(bam.TRIM_THRESHOLD, 2**26)  # where it ends once tensors of 32 MB were freed
+            ctypes.CDLL(None).malloc_trim(0)
+
+    def __exit__(self, *_):
+        bam.keep_freed_memory()
+
+
 def optimizations(bench):
     """{name: what takes one optimization off for a while}."""
     run, patch, layer = bench.run, mock.patch.object, bert.BertLayer.forward
@@ -528,20 +546,20 @@ def optimizations(bench):
         x = layer(self, x, plan)
         return x[plan.cls] if only_cls else x
 
-    def attend(q, k, v, mask, p):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
-
     off = {
         "parts of a batch": [patch(run, "tokens_at_once", 2**40)],
         "only [CLS] at the end": [patch(bert.BertLayer, "forward", whole)],
-        "buckets by length": [patch(bam, "AttentionPlan", functools.partial(bert.AttentionPlan, shrink=0))],
+        "buckets by length": [patch(bert.Buckets, "SHRINK", 0)],
         "own gradient of indexing": [patch(bert.Reindex, "apply", lambda x, index, _: x.index_select(0, index))],
         "fused AdamW": [mock.patch.dict(group, fused=False, foreach=False) for group in groups],
     }
     if bench.on_cpu:
-        off["16-bit dropout"] = [patch(bert, "dropout", F.dropout)]
-        off["own attention"] = [patch(bert, "attend", attend)]
+        off["16-bit dropout"] = [patch(bert, "dropout_mask", lambda x, p: F.dropout(torch.ones_like(x), p))]
+        off["own gradient of attention"] = [patch(bert.Attend, "apply", bert.plain_attend)]
+        off["words' gradient by rows"] = [patch(bench.model.word_embeddings, "sparse", False)]
+        off["freed memory kept"] = [FreedMemoryGoesBack()]
     else:
+        off["varlen attention"] = [patch(bert, "VARLEN", False)]
         off["pinned copies"] = [patch(run, "to_device", lambda array: torch.from_numpy(array).to(run.device))]
     if run.bfloat16:
         off["bfloat16"] = [patch(run, "bfloat16", False)]
@@ -574,7 +592,7 @@ def ablations(bench, items):
 
 BATCHES, LENGTHS, COUNTS = (32, 128, 512, 2048, 4096), (16, 32, 64, 128, 256, 512), (1000, 10_000, 100_000)
 SHAPES = {"tiny": (2, 128, 2), "mini": (4, 256, 4), "small": (4, 512, 8), "MiniLM-L6": (6, 384, 12),
-          "base": (12, 768, 12)}  # fmt: skip
+          "base": (12, 768, 12), "large": (24, 1024, 16)}  # fmt: skip
 
 
 def config_of(shape):
@@ -589,7 +607,11 @@ def scale(bench):
         bench.compare("scale_batch", ours, bench.rows.batches(2, size), f"{size} rows, ", at=size)
     lengths = [length for length in LENGTHS if length <= config.max_position_embeddings]
     sizes = [("scale_length", config, draw(rte, 64, length, 1000, 1e9, 512), length) for length in lengths]
-    sizes += [("scale_model", config_of(shape), draw(rte, 128, 30, 1000), shape) for shape in SHAPES]
+    sizes += [
+        ("scale_model", config_of(shape), draw(rte, 128, 30, 1000), shape)
+        for shape in SHAPES
+        if not bench.on_cpu or shape != "large"
+    ]
     for name, config, dataset, at in sizes:
         model = MultiTaskBert(config, {"rte": 2}).to(bench.run.device)
         functions = {"ours": variant_of("ours", bench.run, model, dataset)}
@@ -631,6 +653,144 @@ def scale_processes(bench):
         bench.record("scale_processes", "ours", at=count, examples_per_s=speed, ratio=one / seconds, note=note)
 
 
+# ---------------------------------------------------------------------------------------------------- with --precisions
+
+TRAINED = {"mrpc": 625, "rte": 1250}  # rows of each; a seed of both takes minutes on two cores
+
+
+class RoundedProduct(torch.autograd.Function):
+    """a b as a processor of bfloat16 does it: operands rounded, sums in float32, the result rounded."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a.bfloat16(), b.bfloat16())
+        return (a.bfloat16().float() @ b.bfloat16().float()).bfloat16()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (a, b), grad = ctx.saved_tensors, grad.float()
+        return (grad @ b.float().mT).bfloat16(), (a.float().mT @ grad).bfloat16()
+
+
+@contextlib.contextmanager
+def emulated_bfloat16():
+    """bfloat16's numbers at float32's speed, for processors that multiply bfloat16 slowly or not at all."""
+    linear, product = F.linear, bert.product
+
+    def rounded_linear(x, weight, bias):
+        if not torch.is_autocast_enabled("cpu"):
+            return linear(x, weight, bias)
+        with torch.autocast("cpu", enabled=False):
+            return RoundedProduct.apply(x.bfloat16(), weight.bfloat16().T) + bias.bfloat16()
+
+    def rounded_product(a, b, scale=1.0, out=None):
+        if a.dtype != torch.bfloat16:
+            return product(a, b, scale, out)
+        rounded = product(a.float(), b.float(), scale).bfloat16()
+        return rounded if out is None else out.copy_(rounded)
+
+    with mock.patch.object(F, "linear", rounded_linear), mock.patch.object(bert, "product", rounded_product):
+        yield
+
+
+def precisions(args):
+    """Fine-tune for each task of TRAINED with so many seeds in float32 and in bfloat16, and print the scores."""
+    config = BertConfig.from_file(bam.checkpoint_folder(args.checkpoint) / "config.json")
+    run = device(args, config)
+    emulate = run.device.type == "cpu" and not run.bfloat16
+    print(f"{machine(run)}, torch {torch.__version__}, {args.checkpoint}{', bfloat16 emulated' * emulate}", flush=True)
+    given = ["--data", args.data, "--checkpoint", args.checkpoint, "--device", args.device]
+    for task, precision in itertools.product(TRAINED, ("float32", "bfloat16")):
+        out = Path("runs/precisions") / f"{task}-{precision}"
+        command = ["--task", task, "--limit", TRAINED[task], "--trials", args.precisions, "--precision", precision]
+        with emulated_bfloat16() if emulate and precision == "bfloat16" else contextlib.nullcontext():
+            bam.main([*map(str, command), *given, "--out", str(out)])
+        trials = json.loads((out / "results.json").read_text())["single"]
+        scores = [trial[task]["dev"][glue_data.TASKS[task].metrics[0]] for trial in trials]
+        name = f"{glue_data.TASKS[task].folder}, {TRAINED[task]} rows, {precision}"
+        print(f"precisions: {name}: median {np.median(scores):.1f} ({min(scores):.1f}–{max(scores):.1f})", flush=True)
+
+
+# -------------------------------------------------------------------------------------------------------- with --limits
+
+
+class Ledger(TorchDispatchMode):
+    """How many bytes the tensors have that are made under it and live, now and at most, and how many calls of operators
+    there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages, self.bytes, self.most_bytes, self.calls = set(), 0, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.calls += 1
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.storages:
+                storage = tensor.untyped_storage()
+                weakref.finalize(storage, self.count, storage._cdata, -storage.nbytes())
+                self.count(storage._cdata, storage.nbytes())
+        return out
+
+    def count(self, key, size):
+        (self.storages.add if size > 0 else self.storages.discard)(key)
+        self.bytes += size
+        self.most_bytes = max(self.most_bytes, self.bytes)
+
+
+class OnPaper(bam.Device):
+    """A GPU of tensors without data, on which a step that reads a number back is an error."""
+
+    def __init__(self):
+        super().__init__(argparse.Namespace(device="cpu", precision="float32", compile=False, varlen=False))
+        self.device, self.tokens_at_once = torch.device("meta"), bam.TOKENS_AT_ONCE[True]
+
+    def to_device(self, array):
+        return torch.from_numpy(array).to(self.device)
+
+
+def step_on_paper(config, dataset, rows):
+    """The Ledger of a training step as on CUDA, products in bfloat16, nothing compiled."""
+    run, patch, linear = OnPaper(), mock.patch.object, F.linear
+
+    def half(x, weight, bias):
+        return linear(x.bfloat16(), weight.bfloat16(), bias.bfloat16())
+
+    with contextlib.ExitStack() as stack:
+        ledger = stack.enter_context(Ledger())
+        stack.enter_context(patch(bert, "VARLEN", True))
+        stack.enter_context(patch(F, "linear", half))
+        stack.enter_context(patch(torch, "autocast", lambda *_, **__: contextlib.nullcontext()))
+        with run.device:
+            model = MultiTaskBert(config, {task.name: task.num_outputs for task in dataset.tasks})
+        Ours(run, model, bam.Targets(run, dataset, dataset.labels))(rows)
+    return ledger
+
+
+def whole_bam(model, rows):
+    """Operations of teachers, their outputs and student over all of GLUE: three passes a training epoch, one for what
+    a teacher says. Lengths are drawn, so for attention they are roughly right."""
+    total = 0.0
+    for task in rows.tasks:
+        lengths = np.diff(rows.mixed.offsets)[rows.mixed.task_ids == rows.tasks.index(task)]
+        passes = 3 * (bam.SINGLE.epochs + bam.MULTI.epochs) + 1
+        total += operations(model, lengths, passes) * rows.sizes[task.name] / len(lengths)
+    return total
+
+
+def limits(rate):
+    """Of a GPU with products of `rate` operations a second: what whole BAM takes at least, and a step's memory."""
+    rows = Rows(Path(), Path(), 30522)  # drawn ones
+    longest = np.argsort(-np.diff(rows.mixed.offsets))[: bam.MULTI.batch_size]
+    print(f"{'':16}{'whole BAM':>12}{'at least':>12}{'an hour buys':>14}{'step, memory':>14}{'calls':>8}")
+    for shape in ("base", "large"):
+        with torch.device("meta"):
+            model = MultiTaskBert(config_of(shape), {task.name: task.num_outputs for task in rows.tasks})
+        work, ledger = whole_bam(model, rows), step_on_paper(config_of(shape), rows.mixed, longest)
+        print(f"  BERT {shape:9}{work / 1e15:8.0f} PFLOP{work / rate / 60:8.1f} min{3600 * rate / work:9.1f} runs"
+              f"{ledger.most_bytes / 1e9:11.1f} GB{ledger.calls:8}")  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------------------------- the command
 
 
@@ -644,10 +804,14 @@ def parse_args(argv):
     add("--json", metavar="FILE", help="write an object a line for each measurement")
     add("--quick", action="store_true", help="the mixed stream and evaluation alone")
     add("--scale", action="store_true", help="cost against batch, length, model size, rows and processes too")
+    add("--precisions", type=int, metavar="SEEDS", help="of RTE and MRPC in float32 and in bfloat16, alone")
+    add("--limits", type=float, nargs="?", const=790e12, metavar="RATE", help="of a GPU whose products reach so many "
+        "operations a second, alone and without one (default an H200's, 790e12)")  # fmt: skip
     add("--rounds", type=int, help="of each comparison, fewer where they take minutes (default 7; 3 with --quick)")
     add("--device", default="auto", help="as bam.py's")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: the one faster here")
     add("--compile", action=argparse.BooleanOptionalAction, help="as bam.py's; hf_best tries it too")
+    add("--no-varlen", action="store_false", dest="varlen", help="as bam.py's")
     add("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.rounds, args.seconds = args.rounds or (3 if args.quick else 7), 40 if args.quick else 240
@@ -658,6 +822,10 @@ def main(argv=None):
     args = parse_args(argv)
     if args.child:
         return serve_child(args.child)
+    if args.limits:
+        return limits(args.limits)
+    if args.precisions:
+        return precisions(args)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, Path(folder))
         items = work(bench)

@@ -1,6 +1,7 @@
-"""A picture of a run directory: dev scores, training curves, and the two schedules behind them.
+"""A picture of a run directory: dev scores, training curves, and the two schedules behind them. Or of a benchmark.
 
     python figure.py runs/all        # writes runs/all/figure.svg, as bam.py does at the end of a run
+    python figure.py speed.jsonl     # writes speed.svg from bench_bam.py's --json
 
 Standard library alone, and from the files alone: any run can be drawn, on any machine, also one that still goes on.
 """
@@ -31,6 +32,7 @@ path { fill: none; stroke: currentColor; stroke-width: 1.5; stroke-linecap: roun
 .single { color: #7d8590; }  .multi { color: #0072b2; }
 .single-single { color: #009e73; }
 .multi-multi { color: #cc79a7; }  .single-multi { color: #d55e00; }
+rect { fill: currentColor; }  .hf_default { color: #7d8590; }  .hf_best { color: #0072b2; }  .ours { color: #d55e00; }
 """
 WIDTH, EDGE, LEFT, PLOT, PITCH, COLUMNS = 900, 24, 164, 184, 243, 3  # px; the regimes' names are left of LEFT
 ROW, TALL = 18, 90  # px; a regime's row of dots, and the height of a plot of curves
@@ -308,11 +310,15 @@ def draw(run_directory):
     drawing, y = heading(folder, config, tasks, stages), 96
     for part, height in sections:
         drawing, y = drawing + group(part, 0, y), y + height + 16
-    size = f'width="{WIDTH}" height="{y - 24}"'
-    opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y - 24}" {size} role="img">\n'
+    return write(folder / "figure.svg", drawing, y - 24)
+
+
+def write(path, drawing, height):
+    size = f'width="{WIDTH}" height="{height}"'
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" {size} role="img">\n'
     page = f'<style>{STYLE}</style>\n<rect class="page" {size} rx="6"/>\n'
-    (folder / "figure.svg").write_text(opening + page + drawing + "</svg>\n", "utf-8", newline="\n")
-    return folder / "figure.svg"
+    path.write_text(opening + page + drawing + "</svg>\n", "utf-8", newline="\n")
+    return path
 
 
 def heading(folder, config, tasks, stages):
@@ -323,12 +329,62 @@ def heading(folder, config, tasks, stages):
     return title + text(EDGE, 46, name, "h1") + text(EDGE, 68, " · ".join(facts), "muted")
 
 
+# ----------------------------------------------------------------------------------------------------------- a benchmark
+
+VARIANTS = {"ours": "bam.py", "hf_best": "Hugging Face at its best", "hf_default": "run_glue's default"}
+FULL, BAR = 480, 16  # px: a bar of the whole matrix rate; a bar's height
+
+
+def draw_speed(path):
+    """Draw what bench_bam.py's --json wrote: each measurement's shares of the machine's matrix rate."""
+    content = path.read_bytes().split(b"\n")
+    lines = [parse(line, f"{path}, line {place}", speed_of) for place, line in enumerate(content, 1) if line]
+    shares = {}
+    for line in lines:
+        measured = line["variant"] in VARIANTS and line["name"] != "ablation" and line["at"] is None
+        if measured and line["share_of_peak"] is not None:
+            shares.setdefault(line["name"], {})[line["variant"]] = line
+    if not shares:
+        raise FigureError(f"{path}: no share of a matrix rate in it; expected what bench_bam.py --json writes")
+    facts = (
+        f"{lines[0]['device']} · {lines[0]['threads']} threads · {lines[0]['precision']} · torch {lines[0]['torch']}"
+    )
+    drawing = "<title>Speed, as shares of the matrix rate</title>\n" + text(EDGE, 46, "Speed against the limit", "h1")
+    drawing += text(EDGE, 68, facts, "muted")
+    drawing += text(LEFT + FULL, 96, "100 % of the rate of its matrix products alone", "muted middle")
+    y = 112
+    for name, variants in shares.items():
+        drawing += text(EDGE, y + 13, str(name).replace("_", " "), "strong")
+        for variant in [variant for variant in VARIANTS if variant in variants]:
+            drawing, y = drawing + group(bar(variants[variant]), LEFT, y), y + BAR + 2
+        y += 14
+    return write(path.with_suffix(".svg"), drawing + rule(LEFT + FULL, 102, LEFT + FULL, y - 10), y)
+
+
+def speed_of(line):
+    """A line of the JSON, as far as it is drawn."""
+    for name in ("share_of_peak", "examples_per_s", "ratio"):
+        number(0 if line[name] is None else line[name], 0, 1e12)
+    for name in ("name", "variant", "device", "threads", "precision", "torch", "at"):
+        if not isinstance(line[name], (str, int, type(None))):
+            raise ValueError(f"{name} {line[name]!r}")
+    return line
+
+
+def bar(line):
+    width, variant = FULL * min(line["share_of_peak"], 1.3), line["variant"]
+    behind = f"{line['examples_per_s']:.0f}/s" + ("" if variant == "ours" else f", ours {line['ratio']:.1f} times that")
+    share = text(width + 6, BAR - 3, f"{100 * line['share_of_peak']:.0f} %", unit=f"{VARIANTS[variant]}, {behind}")
+    return f'<rect class="{variant}" width="{width:.1f}" height="{BAR}"/>\n' + share
+
+
 def command(arguments):
-    """Draw one run directory; errors are one line on stderr. Returns the exit status."""
+    """Draw one run directory or benchmark; errors are one line on stderr. Returns the exit status."""
     try:
         if len(arguments) != 1:
-            raise FigureError("expected one argument, a run directory")
-        print(draw(arguments[0]))
+            raise FigureError("expected one argument, a run directory or bench_bam.py's JSON")
+        path = Path(arguments[0])
+        print(draw_speed(path) if path.is_file() else draw(path))
         return 0
     except (FigureError, OSError) as error:
         print(f"figure.py: error: {error}", file=sys.stderr)

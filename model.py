@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 
 class CheckpointError(ValueError):
@@ -57,15 +58,19 @@ def fused(function):
 
 
 def dropout(x, p):
-    """BERT's dropout. On a CPU each element gets 16 bits of a 64-bit draw, faster there than F.dropout; so p
-    becomes the nearest multiple of 1/65536 (0.1 becomes 0.100006), and the scale fits that. torch.compile cannot draw
-    so."""
+    """BERT's dropout. On a CPU faster than F.dropout, by masks that torch.compile cannot draw."""
     if p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
+    return x * dropout_mask(x, p)
+
+
+def dropout_mask(x, p):
+    """0 where an element of x drops out, else the scale of what stays. Each element gets 16 bits of a 64-bit draw; so p
+    becomes the nearest multiple of 1/65536 (0.1 becomes 0.100006), and the scale fits that."""
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     dropped = round(p * 65536)
     keep = bits[: x.numel()].view(x.shape) >= dropped - 32768
-    return x * keep.to(x.dtype).mul_(65536 / (65536 - dropped))
+    return keep.to(x.dtype).mul_(65536 / (65536 - dropped))
 
 
 @fused
@@ -83,9 +88,74 @@ def linear_dropout_add_norm(x, weight, bias, residual, norm_weight, norm_bias, p
 
 # ----------------------------------------------------------------------------------------------------------- attention
 
+VARLEN = False  # set by bam.py: on where varlen_works
+
 
 class AttentionPlan:
-    """How a packed batch is cut into buckets of similar length, padded to one length in each:
+    """What attention asks of a packed batch: made once, for every layer, from cu_seqlens (B + 1,), which stay on the
+    host, so that no step waits for the device."""
+
+    def __init__(self, cu_seqlens, num_heads, to_device=torch.from_numpy):
+        self.num_heads, self.to_device, self.host = num_heads, to_device, np.asarray(cu_seqlens, np.int64)
+        self.longest = int(np.diff(self.host).max())
+        self.cls = to_device(self.host[:-1])  # each sequence's first token in the packed row
+
+    @functools.cached_property
+    def cu_seqlens(self):
+        """(2, B + 1): where sequences begin among all tokens, and among the [CLS] alone."""
+        return self.to_device(np.stack([self.host, np.arange(len(self.host))]).astype(np.int32))
+
+    @functools.cached_property
+    def buckets(self):
+        return Buckets(self.host, self.num_heads, self.to_device)
+
+
+def attention(qkv, plan, p, cls_q=None):
+    """Self-attention of a packed batch, with dropout p on the probabilities: qkv (T, 3H) to (T, H). Or of its [CLS]
+    tokens alone, whose queries are cls_q (B, H), over the keys and values (T, 2H) of all: to (B, H)."""
+    parts = 3 if cls_q is None else 2
+    x = qkv.view(len(qkv), parts, plan.num_heads, -1)  # (T, 3 or 2, A, D)
+    queries = None if cls_q is None else cls_q.view(len(cls_q), *x.shape[2:])
+    on_varlen = VARLEN and x.dtype == torch.bfloat16 and x.shape[-1] % 8 == 0  # what FlashAttention takes
+    return (varlen_attention if on_varlen else bucket_attention)(x, queries, plan, p).flatten(1)
+
+
+def varlen_attention(x, queries, plan, p):
+    """For CUDA: FlashAttention takes sequences of any length as they lie. The operator is the one that torch's nested
+    tensors call; torch's public function for such sequences has no dropout."""
+    *q, k, v = x.unbind(1)
+    (tokens, single), q = plan.cu_seqlens, q[0] if queries is None else queries
+    starts, longest = (tokens, plan.longest) if queries is None else (single, 1)
+    flash = torch.ops.aten._flash_attention_forward
+    return flash(q, k, v, starts, tokens, longest, plan.longest, p, False, False)[0]
+
+
+def varlen_works(device):
+    """Whether FlashAttention's operator, which is not public, is there and does what bucket_attention does: values and
+    gradients within bfloat16's precision; and with dropout rows of P M sum to 1 on average, but not each, and backward
+    has the mask of forward, else ⟨O, ∂O⟩ would not be ⟨v, ∂v⟩."""
+    plan = AttentionPlan(np.cumsum([0, 70, 33, 1, 128]), 4, lambda array: torch.from_numpy(array).to(device))
+    generator = torch.Generator().manual_seed(0)  # the caller's draws stay as they are
+    x, grad = torch.randn(2, 232, 3, 4, 32, generator=generator).to(device, torch.bfloat16)
+    x[:, 2, :, 0] = 1  # of v: what a row of P M sums to comes out there
+    x, grad, cls_q = x.requires_grad_(), grad[:, 0], x[plan.cls, 0]
+    try:
+        for inputs in ((x, None), (x[:, 1:], cls_q.detach())):
+            outputs = [function(*inputs, plan, 0.0) for function in (varlen_attention, bucket_attention)]
+            slopes = [torch.autograd.grad(out, x, grad[: len(out)])[0] for out in outputs]
+            for found, expected in (outputs, slopes):
+                torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
+        out = varlen_attention(x, None, plan, 0.5)
+        slope = torch.autograd.grad(out, x, grad)[0]
+        sides = [(a * b).float().sum((0, 2)) for a, b in ((out, grad), (x[:, 2], slope[:, 2]))]
+        sums, same_mask = out[..., 0].float(), torch.allclose(*sides, rtol=0, atol=0.02 * out.float().norm().item())
+        return same_mask and abs(sums.mean().item() - 1) < 0.1 and sums.std().item() > 0.01
+    except (AssertionError, AttributeError, RuntimeError, TypeError):
+        return False
+
+
+class Buckets:
+    """A packed batch cut into buckets of similar length, padded to one length in each:
 
     tokens      a a a a a b b b b c d                      T = 11, four sequences
     buckets     [a a a a a] [b b b b -]  and  [c] [d]      L = 5, L = 1
@@ -93,24 +163,25 @@ class AttentionPlan:
     unpad       0 1 2 3 4 5 6 7 8 10 11                    each token's padded place
 
     What moves is not a token's row of numbers but its queries, keys and values, head by head, so that every bucket
-    finds its q, k and v as (n, A, L, D) without another copy. Made once a batch from cu_seqlens (B + 1,), which stay on
-    the host, so that no step waits for the device; every layer uses it.
+    finds its q, k and v as (n, A, L, D) without another copy.
     """
 
-    def __init__(self, cu_seqlens, num_heads, to_device=torch.from_numpy, shrink=0.8):
-        """shrink: a new bucket begins where a sequence is shorter than this part of its bucket's longest."""
-        starts, lengths = np.asarray(cu_seqlens[:-1], np.int64), np.diff(cu_seqlens)
+    SHRINK = 0.8  # a new bucket begins where a sequence is shorter than this part of its bucket's longest
+
+    def __init__(self, cu_seqlens, num_heads, to_device):
+        starts, lengths = cu_seqlens[:-1], np.diff(cu_seqlens)
         order = np.argsort(-lengths, kind="stable")
         cuts = [0]
         for place, length in enumerate(lengths[order]):
-            if length < shrink * lengths[order[cuts[-1]]]:
+            if length < self.SHRINK * lengths[order[cuts[-1]]]:
                 cuts.append(place)
-        self.num_heads, self.buckets, self.padded = num_heads, [], 0
+        self.num_heads, self.shapes, self.masks, self.padded = num_heads, [], [], 0
         places = np.empty((4, len(order)), np.int64)  # of each sequence's first token; see pad_and_unpad
         for rows in np.split(order, cuts[1:]):
             n, longest = len(rows), int(lengths[rows[0]])
             real = np.arange(longest) < lengths[rows, None]  # (n, L)
-            self.buckets.append((n, longest, None if real.all() else to_device(real[:, None, None])))  # (n, 1, 1, L)
+            self.shapes.append((n, longest))
+            self.masks.append(None if real.all() else to_device(real[:, None, None]))  # (n, 1, 1, L)
             size = num_heads * longest
             for value, column in zip(places, (self.padded, np.arange(n) * size, n * size, longest), strict=True):
                 value[rows] = column
@@ -120,9 +191,8 @@ class AttentionPlan:
         places = to_device(places)
         # A token has so many rows of A heads: its context; k and v; q, k and v.
         self.moves = {parts: self.pad_and_unpad(places, parts) for parts in (1, 2, 3)}
-        self.cls = to_device(starts)  # each sequence's first token in the packed row
-        # Longest first, and back.
-        self.cls_order, self.cls_inverse = to_device(order), to_device(np.argsort(order))
+        # Sequences longest first, and back.
+        self.order, self.inverse = to_device(order), to_device(np.argsort(order))
 
     def pad_and_unpad(self, places, parts):
         """Indices for vectors of D numbers that stand as (T, parts, A) in the batch and as (parts, n, A, L) in a bucket.
@@ -135,6 +205,30 @@ class AttentionPlan:
         pad = torch.zeros(parts * self.num_heads * self.padded, dtype=torch.int64, device=places.device)
         pad[unpad] = torch.arange(len(unpad), device=places.device)
         return pad, unpad
+
+    def split(self, padded, queries):
+        """Padded vectors (rows, D) to each bucket's q, k and v, views (n, A, L, D); the q of [CLS] alone, (n, A, 1, D),
+        are in `queries` (B · A, D)."""
+        parts, heads, size = 3 if queries is None else 2, self.num_heads, padded.shape[-1]
+        pieces = padded.split([parts * n * heads * length for n, length in self.shapes])
+        views = [x.view(parts, n, heads, -1, size).unbind() for x, (n, _) in zip(pieces, self.shapes, strict=True)]
+        if queries is None:
+            return views
+        pieces = queries.split([n * heads for n, _ in self.shapes])
+        return [(q.view(-1, heads, 1, size), *kv) for q, kv in zip(pieces, views, strict=True)]
+
+
+def bucket_attention(x, queries, plan, p):
+    """Everywhere: each bucket by itself, in batched products."""
+    buckets, size = plan.buckets, x.shape[-1]
+    padded = Reindex.apply(x.reshape(-1, size), *buckets.moves[x.shape[1]])
+    sorted_queries = None if queries is None else queries[buckets.order].view(-1, size)
+    attend = Attend.apply if x.device.type == "cpu" else plain_attend
+    out = attend(padded, sorted_queries, buckets, p)
+    if queries is not None:
+        return out.view_as(queries)[buckets.inverse]
+    pad, unpad = buckets.moves[1]
+    return Reindex.apply(out, unpad, pad).view(len(x), -1, size)
 
 
 class Reindex(torch.autograd.Function):
@@ -155,35 +249,67 @@ class Reindex(torch.autograd.Function):
         return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy_(0, index, grad), None, None  # unpad
 
 
-def attend(q, k, v, mask, p):
-    """softmax(q kᵀ / √D) v with dropout p on the probabilities. q (n, A, 1 or L, D), k and v (n, A, L, D)."""
-    if q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return dropout(scores.softmax(-1), p) @ v
+def plain_attend(padded, queries, buckets, p):
+    """softmax(q kᵀ / √D) v with dropout p on the probabilities, bucket by bucket: (rows, D), for each padded query."""
+    pieces = zip(buckets.split(padded, queries), buckets.masks, strict=True)
+    contexts = [F.scaled_dot_product_attention(*qkv, attn_mask=real, dropout_p=p) for qkv, real in pieces]
+    return torch.cat([context.flatten(0, 2) for context in contexts])
 
 
-def attention(qkv, plan, p, cls_q=None):
-    """Self-attention of a packed batch: qkv (T, 3H) to (T, H). Or of its [CLS] tokens alone, whose queries are cls_q
-    (B, H), over the keys and values (T, 2H) of all: to (B, H)."""
-    heads, parts = plan.num_heads, 3 if cls_q is None else 2
-    size = qkv.shape[-1] // (parts * heads)
-    padded = Reindex.apply(qkv.reshape(-1, size), *plan.moves[parts])
-    inputs = padded.split([parts * n * heads * length for n, length, _ in plan.buckets])
-    if cls_q is not None:
-        queries = cls_q[plan.cls_order].split([n for n, _, _ in plan.buckets])
-    outputs = []
-    for place, (n, length, mask) in enumerate(plan.buckets):
-        *q, k, v = inputs[place].view(parts, n, heads, length, size).unbind()
-        q = q[0] if q else queries[place].view(n, heads, 1, size)
-        outputs.append(attend(q, k, v, mask, p).reshape(-1, size))
-    out = torch.cat(outputs)
-    if cls_q is not None:
-        return out.view(-1, heads * size)[plan.cls_inverse]
-    pad, unpad = plan.moves[1]
-    return Reindex.apply(out, unpad, pad).view(-1, heads * size)
+class Attend(torch.autograd.Function):
+    """plain_attend on a CPU, its gradient written out: every product lands in its place, and the probabilities P and
+    dropout's mask M are passed over no more than needed. For the context O = (P M) v,
+
+        ∂v = (P M)ᵀ ∂O,    ∂P = M (∂O vᵀ),    ∂scores = P (∂P − Σ P ∂P),    Σ P ∂P = Σ O ∂O    (Σ over a query's row)
+    """
+
+    @staticmethod
+    def forward(ctx, padded, queries, buckets, p):
+        inputs, kept, ctx.buckets = buckets.split(padded, queries), [], buckets
+        out = padded.new_empty(sum(rows_of(inputs)), padded.shape[-1])
+        for (q, k, v), real, context in zip(inputs, buckets.masks, out.split(rows_of(inputs)), strict=True):
+            scores = product(q, k.mT, q.shape[-1] ** -0.5)
+            if real is not None:
+                scores.masked_fill_(~real, -torch.inf)
+            probabilities = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+            mask = dropout_mask(probabilities, p) if p else None
+            product(dropped(probabilities, mask).to(v.dtype), v, out=context.view_as(q))
+            kept += probabilities, mask
+        ctx.save_for_backward(padded, queries, out, *kept)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        padded, queries, out, *kept = ctx.saved_tensors
+        grads = torch.empty_like(padded), None if queries is None else torch.empty_like(queries)
+        inputs, outputs = ctx.buckets.split(padded, queries), ctx.buckets.split(*grads)
+        sums = (grad * out).sum(-1, keepdim=True).split(rows_of(inputs))
+        pieces = zip(inputs, outputs, grad.split(rows_of(inputs)), sums, kept[::2], kept[1::2], strict=True)
+        for (q, k, v), (grad_q, grad_k, grad_v), grad_out, total, probabilities, mask in pieces:
+            grad_out = grad_out.view_as(q)
+            product(dropped(probabilities, mask).to(v.dtype).mT, grad_out, out=grad_v)
+            slope = dropped(product(grad_out, v.mT).to(probabilities.dtype), mask)
+            slope = slope.sub_(total.view(*q.shape[:-1], 1)).mul_(probabilities).to(q.dtype)
+            product(slope, k, q.shape[-1] ** -0.5, out=grad_q)
+            product(slope.mT, q, q.shape[-1] ** -0.5, out=grad_k)
+        return *grads, None, None
+
+
+def rows_of(inputs):
+    return [q[..., 0].numel() for q, _, _ in inputs]
+
+
+def dropped(x, mask):
+    return x if mask is None else x * mask
+
+
+def product(a, b, scale=1.0, out=None):
+    """scale · a b of each head of each sequence, into out."""
+    out = a.new_empty(*a.shape[:-1], b.shape[-1]) if out is None else out
+    flat = out.view(-1, *out.shape[2:])
+    torch.baddbmm(flat, a.flatten(0, 1), b.flatten(0, 1), beta=0, alpha=scale, out=flat)
+    return out
 
 
 # ------------------------------------------------------------------------------------------------------------- encoder

@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import pickle
+import platform
 import random
 import re
 import shlex
@@ -598,14 +599,133 @@ def test_the_last_layer_on_cls_rows_is_the_whole_layers_cls_rows():
     torch.testing.assert_close(model.layers[0](x, plan, only_cls=True), model.layers[0](x, plan)[plan.cls])
 
 
-def test_the_gpus_attention_is_the_cpus():
-    """What attend calls on CUDA, computed here: with and without a mask, for all queries and for [CLS] alone."""
-    k, v = torch.randn(2, 3, 4, 5, 8)
-    mask = torch.tensor([5, 4, 2])[:, None] > torch.arange(5)
-    for q in (torch.randn(3, 4, 5, 8), torch.randn(3, 4, 1, 8)):
-        for keep in (None, mask[:, None, None]):
-            gpu = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep, dropout_p=0.0)
-            torch.testing.assert_close(bert.attend(q, k, v, keep, 0.0), gpu, atol=1e-6, rtol=1e-5)
+def attention_inputs(only_cls, lengths=LENGTHS, heads=2, size=8, dtype=torch.double, seed=0):
+    """attention's arguments of packed sequences: [qkv] or, for [CLS] alone, [kv, cls_q]; all with gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(sum(lengths), (3 - only_cls) * heads * size)] + [(len(lengths), heads * size)] * only_cls
+    return [torch.randn(shape, dtype=dtype, generator=generator).requires_grad_() for shape in shapes]
+
+
+def attend_sequences(qkv, plan, p, cls_q=None):
+    """bert.attention, sequence by sequence, with dropout of F.dropout."""
+    heads, starts = plan.num_heads, plan.host[:-1].tolist()
+    *q, k, v = qkv.view(len(qkv), 3 if cls_q is None else 2, heads, -1).unbind(1)
+    queries = q[0].split(np.diff(plan.host).tolist()) if q else cls_q.view(len(cls_q), 1, heads, -1)
+    outputs = []
+    for q, start, length in zip(queries, starts, np.diff(plan.host).tolist(), strict=True):
+        scores = torch.einsum("iad,jad->aij", q, k[start : start + length]) / q.shape[-1] ** 0.5
+        probabilities = nn.functional.dropout(scores.softmax(-1), p)
+        outputs.append(torch.einsum("aij,jad->iad", probabilities, v[start : start + length]).flatten(1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("only_cls", [False, True])
+def test_attention_is_each_sequences_own(only_cls, monkeypatch):
+    """The CPU's attention and the one of other devices against a loop over sequences, values and gradients, 1e-12."""
+    inputs, plan = attention_inputs(only_cls), plan_of(LENGTHS, 2)
+
+    def results(function):
+        out = function(inputs[0], plan, 0.0, *inputs[1:])
+        return out, *torch.autograd.grad(out.square().sum(), inputs)
+
+    expected, ours = results(attend_sequences), results(bert.attention)
+    monkeypatch.setattr(bert.Attend, "apply", bert.plain_attend)
+    for found, plain, right in zip(ours, results(bert.attention), expected, strict=True):
+        torch.testing.assert_close(found, right, atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(plain, right, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("only_cls", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_attentions_gradient_is_its_slope(only_cls, p):
+    """Attend's written-out gradient against finite differences, the same dropout in each."""
+    lengths = [5, 4, 1, 1, 7]
+
+    def function(qkv, *cls_q):
+        torch.manual_seed(3)
+        return bert.attention(qkv, plan_of(lengths, 2), p, *cls_q)
+
+    assert torch.autograd.gradcheck(function, attention_inputs(only_cls, lengths, size=4))
+
+
+def test_attention_in_bfloat16_stays_near_float32():
+    """Scores' softmax, dropout and sums are in float32: outputs and gradients within 2 % of the largest."""
+    plan = plan_of(LENGTHS, 2)
+    for only_cls in (False, True):
+        full = attention_inputs(only_cls, dtype=torch.float32)
+        half = [x.detach().bfloat16().requires_grad_() for x in full]
+        found, expected = [], []
+        for inputs, results in ((full, expected), (half, found)):
+            torch.manual_seed(0)
+            out = bert.attention(inputs[0], plan, 0.1, *inputs[1:])
+            results += out, *torch.autograd.grad(out.sum(), inputs)
+        for near, right in zip(found, expected, strict=True):
+            assert near.dtype == torch.bfloat16 and (near - right).abs().max() <= 0.02 * right.abs().max()
+
+
+def flash_attention(q, k, v, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask):
+    """What FlashAttention's operator does on CUDA, for its callers' tests."""
+    assert not is_causal and not return_debug_mask and cum_seq_q.dtype == cum_seq_k.dtype == torch.int32
+    lengths = [cum_seq_q.diff().tolist(), cum_seq_k.diff().tolist()]
+    assert (max_q, max_k) == tuple(max(each) for each in lengths)
+    outputs = []
+    for q_part, k_part, v_part in zip(q.split(lengths[0]), k.split(lengths[1]), v.split(lengths[1]), strict=True):
+        scores = torch.einsum("iad,jad->aij", q_part, k_part).float() / q.shape[-1] ** 0.5
+        probabilities = nn.functional.dropout(scores.softmax(-1), dropout_p).to(v.dtype)
+        outputs.append(torch.einsum("aij,jad->iad", probabilities, v_part))
+    return torch.cat(outputs), None
+
+
+def test_attention_over_sequences_as_they_lie(monkeypatch):
+    """The arguments of FlashAttention's operator, on one that does what it does: as attention in buckets, to bfloat16's
+    precision. float32, and heads that are no multiple of 8 wide, go to the buckets."""
+    calls = []
+    flash = lambda *args: calls.append(args) or flash_attention(*args)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash)
+    plan = plan_of(LENGTHS, 2)
+    for only_cls in (False, True):
+        inputs, results = attention_inputs(only_cls, dtype=torch.bfloat16), []
+        for on in (False, True):
+            monkeypatch.setattr(bert, "VARLEN", on)
+            out = bert.attention(inputs[0], plan, 0.0, *inputs[1:])
+            results.append((out, *torch.autograd.grad(out.sum(), inputs)))
+        for bucketed, varlen in zip(*results, strict=True):
+            torch.testing.assert_close(bucketed, varlen, atol=0.05, rtol=0.02)
+    assert len(calls) == 2
+    bert.attention(attention_inputs(False)[0].float(), plan, 0.0)
+    bert.attention(attention_inputs(False, size=4, dtype=torch.bfloat16)[0], plan, 0.0)
+    assert len(calls) == 2
+
+
+def test_flash_attention_is_used_where_it_proves_right(monkeypatch):
+    """An operator that is not there, of another signature, scaled wrong, blind to where sequences end, with a gradient
+    of another mask than its values', or without dropout is not used; in float32 none is."""
+
+    class OtherMask(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, x: nn.functional.dropout(x, 0.5))
+        backward = staticmethod(lambda ctx, grad: nn.functional.dropout(grad, 0.5))
+
+    def works(operator):
+        monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", operator)
+        return bert.varlen_works("cpu")
+
+    def whole(q, k, v, starts, *rest):
+        ends = [torch.tensor([0, len(x)], dtype=torch.int32) for x in (q, k)]
+        return flash_attention(q, k, v, *ends, len(q), len(k), *rest[-3:])
+
+    def other_mask(*args):
+        out = flash_attention(*args[:7], 0.0, *args[8:])[0]
+        return (OtherMask.apply(out) if args[7] else out), None
+
+    before = torch.get_rng_state()
+    assert not bert.varlen_works("cpu")  # FlashAttention's own, on a CPU
+    assert torch.equal(torch.get_rng_state(), before)
+    assert works(flash_attention)
+    assert not works(lambda q, *rest: flash_attention(2 * q, *rest))
+    assert not works(lambda q, k, v: flash_attention(q, k, v))
+    assert not works(lambda *args: flash_attention(*args[:7], 0.0, *args[8:]))
+    assert not works(whole) and not works(other_mask)
+    assert not bam.Device(CPU).bfloat16 and not bert.VARLEN
 
 
 def test_a_sequence_does_not_see_its_companions():
@@ -621,8 +741,8 @@ def test_a_sequence_does_not_see_its_companions():
 def test_dropout_stands_where_the_original_has_it(monkeypatch):
     """Embeddings, attention probabilities, both sub-layer outputs and the pooled output, at the recorded places' rates
     (the original drops the pooled output once for each head; here each example has one head, and one mask)."""
-    calls, plain = [], bert.dropout
-    monkeypatch.setattr(bert, "dropout", lambda x, p: calls.append((tuple(x.shape), p)) or plain(x, p))
+    calls, mask = [], bert.dropout_mask
+    monkeypatch.setattr(bert, "dropout_mask", lambda x, p: calls.append((tuple(x.shape), p)) or mask(x, p))
     config = replace(TINY, num_hidden_layers=2, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.2)
     tiny_model(config).train()(*random_batch(config, [12] * 6))
     assert calls == [
@@ -653,6 +773,40 @@ def test_dropout_keeps_rate_scale_and_independence():
     model = tiny_model(replace(TINY, hidden_dropout_prob=0.1)).eval()
     batch = random_batch(TINY, LENGTHS)
     assert torch.equal(model(*batch), model(*batch))
+
+
+def test_word_gradients_are_added_row_by_row():
+    """To Adam's row of gradients as dense ones would be, repeated words summed; a model without that Adam has dense
+    gradients, which other optimizers expect."""
+    model, (ids, *rest) = tiny_model(), random_batch(TINY, LENGTHS)
+    ids[:20] = 7
+
+    def gradient():
+        model(ids, *rest).square().sum().backward()
+        return model.word_embeddings.weight.grad
+
+    alone = gradient().clone()
+    assert alone.layout == torch.strided and alone[7].abs().sum() > 0
+    optimizer = bam.Adam(model, bam.SINGLE)
+    optimizer.gradients.fill_(1)
+    torch.testing.assert_close(gradient(), 1 + alone)
+    assert gradient().untyped_storage().data_ptr() == optimizer.gradients.untyped_storage().data_ptr()
+
+
+def test_freed_memory_is_kept():
+    """What a step frees is not given back and mapped anew by the next: no page is faulted in again."""
+    program = """if True:
+        import resource, torch, bam
+        bam.keep_freed_memory()
+        def step():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            tensors = [torch.ones(5_000_000) for _ in range(6)]
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        print([step() for _ in range(4)])"""
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    first, *later = json.loads(output)
+    if platform.libc_ver()[0] == "glibc":
+        assert first > 20_000 and max(later) < first / 2
 
 
 def test_depths_are_the_originals():
@@ -726,7 +880,7 @@ def test_training_compiles_once(monkeypatch):
     compiled training has the plain one's gradients."""
     data = mix([dataset(np.random.default_rng(0).integers(4, 40, size=200), "rte"), dataset([9] * 40, "stsb", 1)])
     monkeypatch.setattr(bert, "COMPILE", True)  # and back, which bam.Device would not do
-    device = bam.Device(argparse.Namespace(device="cpu", precision="float32", compile=True))
+    device = bam.Device(argparse.Namespace(device="cpu", precision="float32", compile=True, varlen=True))
     targets, models = bam.Targets(device, data, data.labels), [tiny_model(rte=2, stsb=1).train() for _ in range(2)]
 
     def gradients_of(model, *batches):
@@ -1615,7 +1769,7 @@ def training(quick, tmp_path):
             write = lambda self, action, *args, **kwargs: action(*args, **kwargs)
             time_to_save = lambda self, step: False
 
-        device = Here(argparse.Namespace(device="cpu", precision="float32", compile=False))
+        device = Here(argparse.Namespace(device="cpu", precision="float32", compile=False, varlen=True))
         data = mix([dataset([3, 9, 12, 9, 5, 7, 30], "rte"), dataset([4, 8, 40, 11], "stsb", 1)])
         model, recipe = tiny_model(rte=2, stsb=1), Recipe(batch_size=5, epochs=10, warmup=0.5, **settings)
         change(model)
@@ -1829,7 +1983,7 @@ def test_a_teacher_of_another_checkpoint_teaches_by_its_outputs_alone(small_run,
         assert load_pretrained(folder).config.hidden_size == 32
         assert np.array_equal(given[2][rows, columns], np.load(folder / f"{task}.train-logits.npy"))
         data = load_dataset(TASKS[task], "train", small_run[0][3], Tokenizer(big / "vocab.txt"), 40)
-        device = bam.Device(argparse.Namespace(device="cpu", precision="float32", compile=False))
+        device = bam.Device(argparse.Namespace(device="cpu", precision="float32", compile=False, varlen=True))
         logits = bam.predict(load_pretrained(folder), device, data, TASKS[task])
         np.testing.assert_allclose(given[2][rows, columns], logits, atol=1e-5, err_msg=task)
     assert load_pretrained(out / "trial-1" / "single-multi").config.hidden_size == 16
@@ -2262,6 +2416,41 @@ def test_figure_command_says_what_it_wrote(tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(tmp_path / "figure.svg")
 
 
+SPEED = {"name": "train_mixed", "variant": "ours", "at": None, "share_of_peak": 0.5, "examples_per_s": 55.2, "ratio": 1.0,
+         "device": "a <CPU>", "threads": 2, "precision": "float32", "torch": "2.13.0"}  # fmt: skip
+
+
+def test_figure_of_a_benchmark(tmp_path, capsys):
+    """A bar for each variant as long as its share of the matrix rate, ours first; what has no share, an ablation or a
+    point of --scale has none."""
+    lines = [
+        SPEED | {"variant": "hf_best", "share_of_peak": 0.25, "ratio": 2.0, "examples_per_s": 27.6}, SPEED,
+        SPEED | {"name": "evaluate", "share_of_peak": 1.0}, SPEED | {"name": "tokenize", "share_of_peak": None},
+        SPEED | {"name": "ablation"}, SPEED | {"name": "scale_batch", "at": 32}, SPEED | {"variant": "without fused AdamW"},
+    ]  # fmt: skip
+    path = tmp_path / "speed.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert figure.command([str(path)]) == 0 and capsys.readouterr().out.strip() == str(tmp_path / "speed.svg")
+    tree = ElementTree.parse(tmp_path / "speed.svg")
+    bars = [
+        (bar.get("class"), float(bar.get("width"))) for bar in tree.iter(SVG + "rect") if bar.get("class") != "page"
+    ]
+    full = figure.FULL
+    assert bars == [("ours", full / 2), ("hf_best", full / 4), ("ours", full)]
+    words = " ".join("".join(element.itertext()) for element in tree.iter(SVG + "text"))
+    assert "25 %Hugging Face at its best, 28/s, ours 2.0 times that" in words and "a <CPU> · 2 threads" in words
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[", json.dumps(SPEED | {"share_of_peak": "1"}), json.dumps(SPEED | {"at": []}),
+                                     json.dumps(SPEED | {"share_of_peak": None}), "[]"])  # fmt: skip
+def test_figure_of_what_is_no_benchmark(tmp_path, capsys, content):
+    path = tmp_path / "speed.jsonl"
+    path.write_text(content)
+    assert figure.command([str(path)]) == 2 and not (tmp_path / "speed.svg").exists()
+    error = capsys.readouterr().err
+    assert "speed.jsonl" in error and error.count("\n") == 1
+
+
 # ----------------------------------------------------------------------------------------------------- download_glue.sh
 # Against a mirror on this machine: no network, tiny fabricated archives.
 
@@ -2658,7 +2847,7 @@ def test_download_unreadable_table(mirror, tmp_path):
 
 MEASURED = {"name", "variant", "examples_per_s", "tokens_per_s", "share_of_peak", "peak_bytes", "ratio", "ratio_spread"}
 BENCHED = BertConfig(1000, 16, 2, 4, 32, max_position_embeddings=128)
-CPU = argparse.Namespace(device="cpu", precision="float32", compile=False)
+CPU = argparse.Namespace(device="cpu", precision="float32", compile=False, varlen=True)
 
 
 @pytest.fixture
@@ -2818,6 +3007,79 @@ def test_bench_uses_the_rows_that_are_there(tmp_path, monkeypatch):
     assert np.bincount(rows.mixed.task_ids).tolist() == list(rows.sizes.values())
 
 
+def test_a_step_on_a_gpu_reads_nothing_from_it(monkeypatch):
+    """CUDA's path on tensors without data, where reading a number is an error, so that the host never waits; attention
+    is FlashAttention's operator. And one that reads fails."""
+    dataset, rows = drawn_rows("mnli", "stsb"), np.arange(60)
+    config = BertConfig(1000, 32, 2, 4, 64)
+    shapes, varlen = [], bert.varlen_attention
+    monkeypatch.setattr(bert, "varlen_attention", lambda *args: shapes.append(args[0].shape) or varlen(*args))
+    bench_bam.step_on_paper(config, dataset, rows)
+    tokens = np.diff(dataset.offsets)[rows].sum()
+    assert shapes == [(tokens, 3, 4, 8), (tokens, 2, 4, 8)]
+    loss = bam.Targets.loss
+    monkeypatch.setattr(bam.Targets, "loss", lambda *args: loss(*args) * loss(*args).item())
+    with pytest.raises(RuntimeError, match="meta"):
+        bench_bam.step_on_paper(config, dataset, rows)
+
+
+def test_steps_fit_the_memory_of_a_gpu():
+    """The 128 longest rows of GLUE's lengths: below 8 GB with BERT-Base, below 16 with BERT-Large, the weights, gradients
+    and moments of which are 16 bytes a parameter."""
+    dataset = drawn_rows(*bench_bam.GLUE, rows=400)
+    longest = np.argsort(-np.diff(dataset.offsets))[:128]
+    for shape, parameters, bound in (("base", 109.5e6, 8e9), ("large", 335.2e6, 16e9)):
+        found = bench_bam.step_on_paper(bench_bam.config_of(shape), dataset, longest)
+        assert 16 * parameters < found.most_bytes < bound and found.bytes < 1e8  # and all of it is given back
+
+
+def test_bench_computes_limits(capsys):
+    """Operations of whole BAM from GLUE's table: 6 a weight and token in training, 2 in what teachers say."""
+    bench_bam.main(["--limits", "1e15"])
+    base = capsys.readouterr().out.splitlines()[1].split()
+    doubled = sum(rows * mean * (1 + TASKS[name].symmetric) for name, (rows, mean) in bench_bam.GLUE.items())
+    weights = 12 * 12 * 768**2
+    assert float(base[2]) * 1e15 == pytest.approx(doubled * weights * (6 * 9 + 2), rel=0.05)  # attention is the rest
+    assert float(base[4]) == pytest.approx(float(base[2]) / 60, rel=0.02)
+
+
+def test_emulated_bfloat16_has_bfloat16s_numbers():
+    """Logits to the bit, gradients but for the order of sums; without autocast nothing changes."""
+    config = replace(TINY, hidden_size=64, intermediate_size=128)
+    model, batch = tiny_model(config, 0.1), random_batch(config, LENGTHS)
+
+    def results(bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            logits = model(*batch)
+        return logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))
+
+    for bfloat16 in (True, False):
+        expected = results(bfloat16)
+        with bench_bam.emulated_bfloat16():
+            found = results(bfloat16)
+        assert torch.equal(found[0], expected[0]) and (not bfloat16 or not torch.equal(expected[0], results(False)[0]))
+        for mine, native in zip(found, expected, strict=True):
+            assert (mine - native).norm() <= 2e-3 * native.norm() + 1e-6
+
+
+def test_bench_compares_precisions(tmp_path, monkeypatch, capsys):
+    """Both tasks, both precisions, and the seeds' scores, which are those of bam.py's own results."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench_bam, "TRAINED", {"mrpc": 60, "rte": 60})
+    monkeypatch.setattr(bench_bam, "matrix_rate", lambda run, config: 1e9)
+    (tmp_path / "bert").mkdir()
+    vocab_size = glue_data.write_demo(tmp_path / "glue", tmp_path / "bert" / "vocab.txt")
+    save_pretrained(MultiTaskBert(BertConfig(vocab_size, 16, 1, 2, 32, 128), {"": 1}), tmp_path / "bert")
+    bench_bam.main(["--precisions", "2", "--data", "glue", "--checkpoint", "bert", "--device", "cpu"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("precisions")]
+    assert [line.split(": ")[1] for line in lines] == [
+        f"{folder}, 60 rows, {precision}" for folder in ("MRPC", "RTE") for precision in ("float32", "bfloat16")
+    ]
+    results = json.loads((tmp_path / "runs" / "precisions" / "rte-bfloat16" / "results.json").read_text())["single"]
+    scores = sorted(trial["rte"]["dev"]["accuracy"] for trial in results)
+    assert lines[-1].endswith(f"median {np.mean(scores):.1f} ({scores[0]:.1f}–{scores[1]:.1f})")
+
+
 def test_bench_ablations_compute_the_same():
     """Taking an optimization off changes no gradient (dropout off, 1e-5 of the largest), and afterwards it is on."""
     dataset = drawn_rows("mnli", "cola")
@@ -2832,9 +3094,14 @@ def test_bench_ablations_compute_the_same():
         ours.gradients(rows)
         return gradient.clone()
 
-    off = bench_bam.optimizations(argparse.Namespace(run=run, on_cpu=True, variants={"ours": ours}))
+    off = bench_bam.optimizations(argparse.Namespace(run=run, on_cpu=True, variants={"ours": ours}, model=model))
     expected = computed()
-    state = bert.dropout, bert.attend, bert.Reindex.apply, bert.BertLayer.forward, bam.AttentionPlan, run.tokens_at_once
+
+    def state():
+        places = bert.dropout_mask, bert.Attend.apply, bert.Reindex.apply, bert.BertLayer.forward, bert.Buckets.SHRINK
+        return (*places, run.tokens_at_once, model.word_embeddings.sparse, ours.optimizer.adam.param_groups[0]["fused"])
+
+    before = state()
     for name, patches in off.items():
         with contextlib.ExitStack() as stack:
             for patch in patches:
@@ -2843,8 +3110,7 @@ def test_bench_ablations_compute_the_same():
             torch.testing.assert_close(
                 computed(), expected, rtol=0, atol=1e-5 * expected.abs().max().item(), msg=message
             )
-        now = bert.dropout, bert.attend, bert.Reindex.apply, bert.BertLayer.forward, bam.AttentionPlan
-        assert (*now, run.tokens_at_once) == state and ours.optimizer.adam.param_groups[0]["fused"]
+        assert state() == before
 
 
 # ------------------------------------------------------------------------------------------------------- hostile input
