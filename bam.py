@@ -173,8 +173,10 @@ class Adam:
             # A count so high that the bias correction 1 - β^count is 1: BERT's Adam has none.
             moments = {"exp_avg": self.mean[start:end], "exp_avg_sq": self.square[start:end]}
             state[segment] = {"step": torch.tensor(1e6, device=device), **moments}
-        # On a CPU the gradients of a batch's words are added to the row alone, without zeros for all the other words.
-        model.word_embeddings.sparse = device.type == "cpu"
+        if device.type == "cpu":
+            # The gradients of a batch's words are added to the row alone, without zeros for all the other words.
+            model.word_embeddings.sparse = True
+            keep_freed_memory()
         self.adam = torch.optim.AdamW(segments, lr=0.0, betas=(0.9, 0.999), eps=1e-6, fused=True)
         self.adam.state.update(state)
 
@@ -208,6 +210,19 @@ class Adam:
         return int(saved["step"])
 
 
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt, in glibc's malloc.h
+
+
+def keep_freed_memory():
+    """Give back what loading has freed. What a step frees from here on, in blocks below 32 MB, glibc keeps for the next
+    one, instead of having it mapped again page by page: a setting of the whole process."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        glibc = ctypes.CDLL(None)
+        glibc.malloc_trim(0)
+        glibc.mallopt(MMAP_THRESHOLD, 2**25)  # bytes; the most it takes
+        glibc.mallopt(TRIM_THRESHOLD, 2**31 - 1)
+
+
 CHECKPOINT = "training.safetensors"
 
 
@@ -226,7 +241,7 @@ def one_before(path):
 # run.write(f, ...): rank 0 calls f, the others wait; run.exists(path): what rank 0 sees. run.teachers is the run that
 # trains the teachers: the same one, or, with --teacher-checkpoint, one like it with another checkpoint and its tokens.
 
-TOKENS_AT_ONCE = {True: 8192, False: 2048}  # on CUDA or not, in training and predicting: what fills it, and no more
+TOKENS_AT_ONCE = {True: 8192, False: 2000}  # on CUDA or not, in training and predicting: what fills it, and no more
 MIN_TOKENS = 256  # where memory is short
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
@@ -768,8 +783,6 @@ class Device:
         bert.VARLEN = on_cuda and self.bfloat16 and args.varlen and bert.varlen_works(self.device)
         self.tokens_at_once = TOKENS_AT_ONCE[on_cuda]
         self.signals = []  # asking to stop
-        if self.device.type == "cpu":
-            keep_freed_memory()
 
     def to_device(self, array):
         tensor = torch.from_numpy(array)
@@ -790,17 +803,6 @@ class Device:
             raise KeyboardInterrupt
 
 
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt, in glibc's malloc.h
-
-
-def keep_freed_memory():
-    """Let glibc keep what a step frees for the next: given back, it would be mapped again page by page."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(MMAP_THRESHOLD, 2**25)  # bytes; the most it takes
-        mallopt(TRIM_THRESHOLD, 2**31 - 1)
-
-
 class Run(Device):
     """What every stage of a run shares: its folder, data, checkpoint and recipes."""
 
@@ -817,6 +819,8 @@ class Run(Device):
             self.log = open(self.folder / "log.txt" if RANK == 0 else os.devnull, "a", encoding="utf-8")
         except OSError as error:
             raise UsageError(f"{self.folder}: cannot be written ({error.strerror}); --out names another") from error
+        if self.device.type == "cuda" and self.bfloat16 and args.varlen and not bert.VARLEN:
+            self.say("FlashAttention does not do here what is expected of it: attention runs in padded buckets")
         self.limit, self.suffix, self.teachers = args.limit, "", self
         if args.demo:
             self.data_folder, checkpoint = self.demo()
@@ -1107,7 +1111,7 @@ def add_training_flags(parser):
     add("--device", default="auto", help="cuda, cpu, mps (default: cuda where there is one)")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 autocast on CUDA")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the fused ops (default: on CUDA)")
-    add("--no-varlen", action="store_false", dest="varlen", help="CUDA: attention in buckets, without FlashAttention")
+    add("--no-varlen", action="store_false", dest="varlen", help="CUDA: attention in padded buckets")
 
 
 def parse_args(argv):

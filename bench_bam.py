@@ -526,11 +526,11 @@ def memory(bench, items):
 
 
 class FreedMemoryGoesBack:
-    """glibc as it is when it starts, for a while."""
+    """For a while, glibc as it ends up by itself once large blocks were freed."""
 
     def __enter__(self):
         with contextlib.suppress(AttributeError, OSError, TypeError):
-            ctypes.CDLL(None).mallopt(bam.TRIM_THRESHOLD, 2**26)  # where it ends once tensors of 32 MB were freed
+            ctypes.CDLL(None).mallopt(bam.TRIM_THRESHOLD, 2**26)
             ctypes.CDLL(None).malloc_trim(0)
 
     def __exit__(self, *_):
@@ -546,6 +546,9 @@ def optimizations(bench):
         x = layer(self, x, plan)
         return x[plan.cls] if only_cls else x
 
+    def dropout_mask(x, p):
+        return F.dropout(torch.ones_like(x), p), 1.0
+
     off = {
         "parts of a batch": [patch(run, "tokens_at_once", 2**40)],
         "only [CLS] at the end": [patch(bert.BertLayer, "forward", whole)],
@@ -554,12 +557,13 @@ def optimizations(bench):
         "fused AdamW": [mock.patch.dict(group, fused=False, foreach=False) for group in groups],
     }
     if bench.on_cpu:
-        off["16-bit dropout"] = [patch(bert, "dropout_mask", lambda x, p: F.dropout(torch.ones_like(x), p))]
+        off["16-bit dropout"] = [patch(bert, "dropout_mask", dropout_mask)]
         off["own gradient of attention"] = [patch(bert.Attend, "apply", bert.plain_attend)]
         off["words' gradient by rows"] = [patch(bench.model.word_embeddings, "sparse", False)]
         off["freed memory kept"] = [FreedMemoryGoesBack()]
     else:
-        off["varlen attention"] = [patch(bert, "VARLEN", False)]
+        if bert.VARLEN:
+            off["varlen attention"] = [patch(bert, "VARLEN", False)]
         off["pinned copies"] = [patch(run, "to_device", lambda array: torch.from_numpy(array).to(run.device))]
     if run.bfloat16:
         off["bfloat16"] = [patch(run, "bfloat16", False)]
@@ -700,10 +704,12 @@ def precisions(args):
     emulate = run.device.type == "cpu" and not run.bfloat16
     print(f"{machine(run)}, torch {torch.__version__}, {args.checkpoint}{', bfloat16 emulated' * emulate}", flush=True)
     given = ["--data", args.data, "--checkpoint", args.checkpoint, "--device", args.device]
+    given += ["--compile"] * bool(args.compile) + ["--no-varlen"] * (not args.varlen)
     for task, precision in itertools.product(TRAINED, ("float32", "bfloat16")):
-        out = Path("runs/precisions") / f"{task}-{precision}"
+        emulated = emulate and precision == "bfloat16"
+        out = Path("runs/precisions") / f"{task}-{'emulated-' * emulated}{precision}"
         command = ["--task", task, "--limit", TRAINED[task], "--trials", args.precisions, "--precision", precision]
-        with emulated_bfloat16() if emulate and precision == "bfloat16" else contextlib.nullcontext():
+        with emulated_bfloat16() if emulated else contextlib.nullcontext():
             bam.main([*map(str, command), *given, "--out", str(out)])
         trials = json.loads((out / "results.json").read_text())["single"]
         scores = [trial[task]["dev"][glue_data.TASKS[task].metrics[0]] for trial in trials]

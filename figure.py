@@ -332,17 +332,20 @@ def heading(folder, config, tasks, stages):
 # ----------------------------------------------------------------------------------------------------------- a benchmark
 
 VARIANTS = {"ours": "bam.py", "hf_best": "Hugging Face at its best", "hf_default": "run_glue's default"}
+MEASURES = ("share_of_peak", "examples_per_s", "ratio")
 FULL, BAR = 480, 16  # px: a bar of the whole matrix rate; a bar's height
 
 
 def draw_speed(path):
     """Draw what bench_bam.py's --json wrote: each measurement's shares of the machine's matrix rate."""
+    if path.suffix == ".svg":
+        raise FigureError(f"{path}: is a picture; expected what bench_bam.py --json writes")
     content = path.read_bytes().split(b"\n")
     lines = [parse(line, f"{path}, line {place}", speed_of) for place, line in enumerate(content, 1) if line]
     shares = {}
     for line in lines:
-        measured = line["variant"] in VARIANTS and line["name"] != "ablation" and line["at"] is None
-        if measured and line["share_of_peak"] is not None:
+        measured = all(line[name] is not None for name in MEASURES) and line["at"] is None
+        if measured and line["variant"] in VARIANTS and line["name"] != "ablation":
             shares.setdefault(line["name"], {})[line["variant"]] = line
     if not shares:
         raise FigureError(f"{path}: no share of a matrix rate in it; expected what bench_bam.py --json writes")
@@ -363,7 +366,7 @@ def draw_speed(path):
 
 def speed_of(line):
     """A line of the JSON, as far as it is drawn."""
-    for name in ("share_of_peak", "examples_per_s", "ratio"):
+    for name in MEASURES:
         number(0 if line[name] is None else line[name], 0, 1e12)
     for name in ("name", "variant", "device", "threads", "precision", "torch", "at"):
         if not isinstance(line[name], (str, int, type(None))):

@@ -58,19 +58,21 @@ def fused(function):
 
 
 def dropout(x, p):
-    """BERT's dropout. On a CPU faster than F.dropout, by masks that torch.compile cannot draw."""
+    """BERT's dropout. On a CPU faster than F.dropout, by draws that torch.compile cannot make."""
     if p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
-    return x * dropout_mask(x, p)
+    keep, scale = dropout_mask(x, p)
+    return x * keep.to(x.dtype).mul_(scale)
 
 
 def dropout_mask(x, p):
-    """0 where an element of x drops out, else the scale of what stays. Each element gets 16 bits of a 64-bit draw; so p
+    """Which elements of x stay, 1 or 0 in 8 bits each, and their scale. An element gets 16 bits of a 64-bit draw; so p
     becomes the nearest multiple of 1/65536 (0.1 becomes 0.100006), and the scale fits that."""
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     dropped = round(p * 65536)
-    keep = bits[: x.numel()].view(x.shape) >= dropped - 32768
-    return keep.to(x.dtype).mul_(65536 / (65536 - dropped))
+    keep = torch.empty(x.shape, dtype=torch.uint8)  # from bool the way to numbers would be slower
+    torch.ge(bits[: x.numel()].view(x.shape), dropped - 32768, out=keep)
+    return keep, 65536 / (65536 - dropped)
 
 
 @fused
@@ -116,42 +118,71 @@ def attention(qkv, plan, p, cls_q=None):
     parts = 3 if cls_q is None else 2
     x = qkv.view(len(qkv), parts, plan.num_heads, -1)  # (T, 3 or 2, A, D)
     queries = None if cls_q is None else cls_q.view(len(cls_q), *x.shape[2:])
-    on_varlen = VARLEN and x.dtype == torch.bfloat16 and x.shape[-1] % 8 == 0  # what FlashAttention takes
-    return (varlen_attention if on_varlen else bucket_attention)(x, queries, plan, p).flatten(1)
+    takes = x.dtype == torch.bfloat16 and x.shape[-1] % 8 == 0 and x.shape[-1] <= 256  # what FlashAttention takes
+    return (varlen_attention if VARLEN and takes else bucket_attention)(x, queries, plan, p).flatten(1)
 
 
 def varlen_attention(x, queries, plan, p):
     """For CUDA: FlashAttention takes sequences of any length as they lie. The operator is the one that torch's nested
-    tensors call; torch's public function for such sequences has no dropout."""
-    *q, k, v = x.unbind(1)
-    (tokens, single), q = plan.cu_seqlens, q[0] if queries is None else queries
-    starts, longest = (tokens, plan.longest) if queries is None else (single, 1)
+    tensors call; torch's public function for such sequences has no dropout.
+
+    x (T, 3, A, D) to (T, A, D); or x (T, 2, A, D) and queries (B, A, D) to (B, A, D)."""
+    all_starts, cls_starts = plan.cu_seqlens
+    if queries is None:
+        queries, k, v = x.unbind(1)
+        starts, longest = all_starts, plan.longest
+    else:
+        k, v = x.unbind(1)
+        starts, longest = cls_starts, 1
+    # The last three: dropout, not causal, no mask returned.
     flash = torch.ops.aten._flash_attention_forward
-    return flash(q, k, v, starts, tokens, longest, plan.longest, p, False, False)[0]
+    return flash(queries, k, v, starts, all_starts, longest, plan.longest, p, False, False)[0]
 
 
+@torch.enable_grad()
 def varlen_works(device):
-    """Whether FlashAttention's operator, which is not public, is there and does what bucket_attention does: values and
-    gradients within bfloat16's precision; and with dropout rows of P M sum to 1 on average, but not each, and backward
-    has the mask of forward, else ⟨O, ∂O⟩ would not be ⟨v, ∂v⟩."""
-    plan = AttentionPlan(np.cumsum([0, 70, 33, 1, 128]), 4, lambda array: torch.from_numpy(array).to(device))
-    generator = torch.Generator().manual_seed(0)  # the caller's draws stay as they are
-    x, grad = torch.randn(2, 232, 3, 4, 32, generator=generator).to(device, torch.bfloat16)
-    x[:, 2, :, 0] = 1  # of v: what a row of P M sums to comes out there
-    x, grad, cls_q = x.requires_grad_(), grad[:, 0], x[plan.cls, 0]
-    try:
-        for inputs in ((x, None), (x[:, 1:], cls_q.detach())):
-            outputs = [function(*inputs, plan, 0.0) for function in (varlen_attention, bucket_attention)]
-            slopes = [torch.autograd.grad(out, x, grad[: len(out)])[0] for out in outputs]
-            for found, expected in (outputs, slopes):
-                torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
-        out = varlen_attention(x, None, plan, 0.5)
-        slope = torch.autograd.grad(out, x, grad)[0]
-        sides = [(a * b).float().sum((0, 2)) for a, b in ((out, grad), (x[:, 2], slope[:, 2]))]
-        sums, same_mask = out[..., 0].float(), torch.allclose(*sides, rtol=0, atol=0.02 * out.float().norm().item())
-        return same_mask and abs(sums.mean().item() - 1) < 0.1 and sums.std().item() > 0.01
-    except (AssertionError, AttributeError, RuntimeError, TypeError):
-        return False
+    """Whether FlashAttention's operator, which is not public, is there and right: values and gradients as those of
+    bucket_attention on the host in float32; dropout's rate, scale, and the same mask in backward."""
+    device = torch.device(device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        try:
+            return same_as_buckets(device) and drops_a_tenth(device)
+        except (AttributeError, RuntimeError, TypeError):
+            return False
+
+
+def same_as_buckets(device):
+    lengths, heads, size = [70, 33, 1, 128], 4, 64
+    starts, results = np.cumsum([0, *lengths]), []
+    x, grad = torch.randn(2, sum(lengths), 3, heads, size).bfloat16()
+    for function, kind, where in (varlen_attention, torch.bfloat16, device), (bucket_attention, torch.float32, "cpu"):
+        plan = AttentionPlan(starts, heads, lambda array, where=where: torch.from_numpy(array).to(where))
+        qkv, grads = (tensor.to(where, kind) for tensor in (x, grad[:, 0]))
+        for inputs in ([qkv, None], [qkv[:, 1:], qkv[plan.cls, 0]]):
+            leaves = [tensor.detach().requires_grad_() for tensor in inputs if tensor is not None]
+            out = function(*leaves, *[None] * (2 - len(leaves)), plan, 0.0)
+            results += out, *torch.autograd.grad(out, leaves, grads[: len(out)])
+    pairs = zip(results[: len(results) // 2], results[len(results) // 2 :], strict=True)
+    return all(torch.allclose(found.cpu().float(), right, rtol=0.05, atol=0.05) for found, right in pairs)
+
+
+def drops_a_tenth(device):
+    """With queries of 0 all P are 1/64; with values of the unit matrix the context is P M itself (see Attend)."""
+    size, plan = 64, AttentionPlan([0, 64, 128], 4, lambda array: torch.from_numpy(array).to(device))
+    x = torch.zeros(128, 3, 4, size, dtype=torch.bfloat16, device=device)
+    x[:, 2] = torch.eye(size, device=device).repeat(2, 1)[:, None]
+    out = varlen_attention(x.requires_grad_(), None, plan, 0.1)
+    grad = torch.randn(out.shape, device=device).bfloat16()
+    (slope,) = torch.autograd.grad(out, x, grad)
+    mask, grad = (tensor.float().view(2, size, 4, size) for tensor in (out, grad))
+    rate, scale = (mask == 0).float().mean().item(), size * mask.max().item()
+    expected = torch.einsum("biaj,biad->bjad", mask, grad).reshape(128, 4, size)
+    return (
+        abs(rate - 0.1) < 0.02
+        and abs(scale - 1 / 0.9) < 0.02
+        and torch.allclose(slope[:, 2].float(), expected, 0.05, 0.01)
+    )
 
 
 class Buckets:
@@ -175,7 +206,7 @@ class Buckets:
         for place, length in enumerate(lengths[order]):
             if length < self.SHRINK * lengths[order[cuts[-1]]]:
                 cuts.append(place)
-        self.num_heads, self.shapes, self.masks, self.padded = num_heads, [], [], 0
+        self.num_heads, self.shapes, self.masks, self.num_padded = num_heads, [], [], 0
         places = np.empty((4, len(order)), np.int64)  # of each sequence's first token; see pad_and_unpad
         for rows in np.split(order, cuts[1:]):
             n, longest = len(rows), int(lengths[rows[0]])
@@ -183,9 +214,9 @@ class Buckets:
             self.shapes.append((n, longest))
             self.masks.append(None if real.all() else to_device(real[:, None, None]))  # (n, 1, 1, L)
             size = num_heads * longest
-            for value, column in zip(places, (self.padded, np.arange(n) * size, n * size, longest), strict=True):
+            for value, column in zip(places, (self.num_padded, np.arange(n) * size, n * size, longest), strict=True):
                 value[rows] = column
-            self.padded += n * longest
+            self.num_padded += n * longest
         places = np.repeat(places, lengths, axis=1)
         places[1] += np.arange(places.shape[1]) - np.repeat(starts, lengths)
         places = to_device(places)
@@ -202,7 +233,7 @@ class Buckets:
         part, head = (torch.arange(count, device=places.device) for count in (parts, self.num_heads))
         unpad = parts * self.num_heads * before + place + part[:, None] * next_part + head * next_head
         unpad = unpad.flatten()
-        pad = torch.zeros(parts * self.num_heads * self.padded, dtype=torch.int64, device=places.device)
+        pad = torch.zeros(parts * self.num_heads * self.num_padded, dtype=torch.int64, device=places.device)
         pad[unpad] = torch.arange(len(unpad), device=places.device)
         return pad, unpad
 
@@ -219,7 +250,7 @@ class Buckets:
 
 
 def bucket_attention(x, queries, plan, p):
-    """Everywhere: each bucket by itself, in batched products."""
+    """varlen_attention for every device: each bucket by itself, in batched products."""
     buckets, size = plan.buckets, x.shape[-1]
     padded = Reindex.apply(x.reshape(-1, size), *buckets.moves[x.shape[1]])
     sorted_queries = None if queries is None else queries[buckets.order].view(-1, size)
@@ -250,58 +281,62 @@ class Reindex(torch.autograd.Function):
 
 
 def plain_attend(padded, queries, buckets, p):
-    """softmax(q kᵀ / √D) v with dropout p on the probabilities, bucket by bucket: (rows, D), for each padded query."""
+    """softmax(q kᵀ / √D) v with dropout p on the probabilities, bucket by bucket: (n · A · L, D) of all buckets, or for
+    [CLS] alone (B · A, D)."""
     pieces = zip(buckets.split(padded, queries), buckets.masks, strict=True)
     contexts = [F.scaled_dot_product_attention(*qkv, attn_mask=real, dropout_p=p) for qkv, real in pieces]
     return torch.cat([context.flatten(0, 2) for context in contexts])
 
 
 class Attend(torch.autograd.Function):
-    """plain_attend on a CPU, its gradient written out: every product lands in its place, and the probabilities P and
-    dropout's mask M are passed over no more than needed. For the context O = (P M) v,
+    """plain_attend on a CPU, its gradient written out, so that every product lands in its place. With probabilities P
+    and dropout's mask M, which holds its scale, the context is O = (P M) v, and
 
-        ∂v = (P M)ᵀ ∂O,    ∂P = M (∂O vᵀ),    ∂scores = P (∂P − Σ P ∂P),    Σ P ∂P = Σ O ∂O    (Σ over a query's row)
+        ∂v = (P M)ᵀ ∂O,      ∂P = M (∂O vᵀ),      ∂scores = P (∂P − Σ P ∂P)      (Σ over a query's row)
     """
 
     @staticmethod
     def forward(ctx, padded, queries, buckets, p):
-        inputs, kept, ctx.buckets = buckets.split(padded, queries), [], buckets
+        inputs, kept, masks = buckets.split(padded, queries), [], []
+        ctx.buckets, ctx.scale = buckets, 1.0
         out = padded.new_empty(sum(rows_of(inputs)), padded.shape[-1])
         for (q, k, v), real, context in zip(inputs, buckets.masks, out.split(rows_of(inputs)), strict=True):
             scores = product(q, k.mT, q.shape[-1] ** -0.5)
             if real is not None:
                 scores.masked_fill_(~real, -torch.inf)
-            probabilities = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-            mask = dropout_mask(probabilities, p) if p else None
-            product(dropped(probabilities, mask).to(v.dtype), v, out=context.view_as(q))
-            kept += probabilities, mask
-        ctx.save_for_backward(padded, queries, out, *kept)
+            kept.append(scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)))
+            keep, ctx.scale = dropout_mask(scores, p) if p else (None, 1.0)
+            masks.append(keep)
+            product(masked(kept[-1], keep).to(v.dtype), v, ctx.scale, out=context.view_as(q))
+        ctx.save_for_backward(padded, queries, *kept, *masks)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        padded, queries, out, *kept = ctx.saved_tensors
+        padded, queries, *kept = ctx.saved_tensors
+        kept, masks = kept[: len(kept) // 2], kept[len(kept) // 2 :]
         grads = torch.empty_like(padded), None if queries is None else torch.empty_like(queries)
         inputs, outputs = ctx.buckets.split(padded, queries), ctx.buckets.split(*grads)
-        sums = (grad * out).sum(-1, keepdim=True).split(rows_of(inputs))
-        pieces = zip(inputs, outputs, grad.split(rows_of(inputs)), sums, kept[::2], kept[1::2], strict=True)
-        for (q, k, v), (grad_q, grad_k, grad_v), grad_out, total, probabilities, mask in pieces:
+        pieces = zip(inputs, outputs, grad.split(rows_of(inputs)), kept, masks, strict=True)
+        for (q, k, v), (grad_q, grad_k, grad_v), grad_out, probabilities, keep in pieces:
             grad_out = grad_out.view_as(q)
-            product(dropped(probabilities, mask).to(v.dtype).mT, grad_out, out=grad_v)
-            slope = dropped(product(grad_out, v.mT).to(probabilities.dtype), mask)
-            slope = slope.sub_(total.view(*q.shape[:-1], 1)).mul_(probabilities).to(q.dtype)
-            product(slope, k, q.shape[-1] ** -0.5, out=grad_q)
-            product(slope.mT, q, q.shape[-1] ** -0.5, out=grad_k)
+            product(masked(probabilities, keep).to(v.dtype).mT, grad_out, ctx.scale, out=grad_v)
+            slope = masked(product(grad_out, v.mT, ctx.scale).to(probabilities.dtype), keep)
+            slope.sub_((slope * probabilities).sum(-1, keepdim=True)).mul_(probabilities)
+            product(slope.to(q.dtype), k, q.shape[-1] ** -0.5, out=grad_q)
+            product(slope.to(q.dtype).mT, q, q.shape[-1] ** -0.5, out=grad_k)
         return *grads, None, None
 
 
 def rows_of(inputs):
+    """How many rows of D numbers each bucket's context has."""
     return [q[..., 0].numel() for q, _, _ in inputs]
 
 
-def dropped(x, mask):
-    return x if mask is None else x * mask
+def masked(x, keep):
+    """x without what dropout drops, not yet scaled."""
+    return x if keep is None else x * keep.to(x.dtype)
 
 
 def product(a, b, scale=1.0, out=None):
@@ -459,7 +494,9 @@ class MultiTaskBert(nn.Module):
 
     def encode(self, input_ids, segment_ids, position_ids, plan):
         """(T,) each to every layer's output: the embeddings' and all but the last layer's (T, H), the last's (B, H)."""
-        x = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
+        words = self.word_embeddings
+        rows = words.sparse and words.weight.grad is not None  # bam.Adam asks for rows, to be added to what is there
+        x = F.embedding(input_ids, words.weight, sparse=rows) + self.position_embeddings(position_ids)
         x = self.embeddings_norm(x + self.segment_embeddings(segment_ids))
         x = dropout(x, self.config.hidden_dropout_prob if self.training else 0.0)
         outputs = [self.embeddings_project(x)]
