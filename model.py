@@ -153,6 +153,7 @@ def varlen_works(device):
 
 
 def same_as_buckets(device):
+    """Of all tokens' queries and of those of [CLS], to what bfloat16 rounds: 0.05, of numbers up to 3.5."""
     lengths, heads, size = [70, 33, 1, 128], 4, 64
     starts, results = np.cumsum([0, *lengths]), []
     x, grad = torch.randn(2, sum(lengths), 3, heads, size).bfloat16()
