@@ -786,7 +786,7 @@ def whole_bam(model, rows):
 
 def limits(rate):
     """Of a GPU with products of `rate` operations a second: what whole BAM takes at least, and a step's memory."""
-    rows = Rows(Path(), Path(), 30522)  # drawn ones
+    rows = Rows(Path(os.devnull), Path(os.devnull), 30522)  # so they are drawn
     longest = np.argsort(-np.diff(rows.mixed.offsets))[: bam.MULTI.batch_size]
     print(f"{'':16}{'whole BAM':>12}{'at least':>12}{'an hour buys':>14}{'step, memory':>14}{'calls':>8}")
     for shape in ("base", "large"):
