@@ -90,7 +90,7 @@ def linear_dropout_add_norm(x, weight, bias, residual, norm_weight, norm_bias, p
 
 # ----------------------------------------------------------------------------------------------------------- attention
 
-VARLEN = False  # set by bam.py: on where varlen_works
+VARLEN = False  # set by bam.py: on where varlen_works, below, finds that it does
 
 
 class AttentionPlan:
@@ -137,53 +137,6 @@ def varlen_attention(x, queries, plan, p):
     # The last three: dropout, not causal, no mask returned.
     flash = torch.ops.aten._flash_attention_forward
     return flash(queries, k, v, starts, all_starts, longest, plan.longest, p, False, False)[0]
-
-
-@torch.enable_grad()
-def varlen_works(device):
-    """Whether FlashAttention's operator, which is not public, is there and right: values and gradients as those of
-    bucket_attention on the host in float32; dropout's rate, scale, and the same mask in backward."""
-    device = torch.device(device)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        try:
-            return same_as_buckets(device) and drops_a_tenth(device)
-        except (AttributeError, RuntimeError, TypeError):
-            return False
-
-
-def same_as_buckets(device):
-    """Of all tokens' queries and of those of [CLS], to what bfloat16 rounds: 0.05, of numbers up to 3.5."""
-    lengths, heads, size = [70, 33, 1, 128], 4, 64
-    starts, results = np.cumsum([0, *lengths]), []
-    x, grad = torch.randn(2, sum(lengths), 3, heads, size).bfloat16()
-    for function, kind, where in (varlen_attention, torch.bfloat16, device), (bucket_attention, torch.float32, "cpu"):
-        plan = AttentionPlan(starts, heads, lambda array, where=where: torch.from_numpy(array).to(where))
-        qkv, grads = (tensor.to(where, kind) for tensor in (x, grad[:, 0]))
-        for inputs in ([qkv, None], [qkv[:, 1:], qkv[plan.cls, 0]]):
-            leaves = [tensor.detach().requires_grad_() for tensor in inputs if tensor is not None]
-            out = function(*leaves, *[None] * (2 - len(leaves)), plan, 0.0)
-            results += out, *torch.autograd.grad(out, leaves, grads[: len(out)])
-    pairs = zip(results[: len(results) // 2], results[len(results) // 2 :], strict=True)
-    return all(torch.allclose(found.cpu().float(), right, rtol=0.05, atol=0.05) for found, right in pairs)
-
-
-def drops_a_tenth(device):
-    """With queries of 0 all P are 1/64; with values of the unit matrix the context is P M itself (see Attend)."""
-    size, plan = 64, AttentionPlan([0, 64, 128], 4, lambda array: torch.from_numpy(array).to(device))
-    x = torch.zeros(128, 3, 4, size, dtype=torch.bfloat16, device=device)
-    x[:, 2] = torch.eye(size, device=device).repeat(2, 1)[:, None]
-    out = varlen_attention(x.requires_grad_(), None, plan, 0.1)
-    grad = torch.randn(out.shape, device=device).bfloat16()
-    (slope,) = torch.autograd.grad(out, x, grad)
-    mask, grad = (tensor.float().view(2, size, 4, size) for tensor in (out, grad))
-    rate, scale = (mask == 0).float().mean().item(), size * mask.max().item()
-    expected = torch.einsum("biaj,biad->bjad", mask, grad).reshape(128, 4, size)
-    return (
-        abs(rate - 0.1) < 0.02
-        and abs(scale - 1 / 0.9) < 0.02
-        and torch.allclose(slope[:, 2].float(), expected, 0.05, 0.01)
-    )
 
 
 class Buckets:
@@ -346,6 +299,53 @@ def product(a, b, scale=1.0, out=None):
     flat = out.view(-1, *out.shape[2:])
     torch.baddbmm(flat, a.flatten(0, 1), b.flatten(0, 1), beta=0, alpha=scale, out=flat)
     return out
+
+
+@torch.enable_grad()
+def varlen_works(device):
+    """Whether FlashAttention's operator, which is not public, is there and right: values and gradients as those of
+    bucket_attention on the host in float32; dropout's rate, scale, and the same mask in backward."""
+    device = torch.device(device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        try:
+            return same_as_buckets(device) and drops_a_tenth(device)
+        except (AttributeError, RuntimeError, TypeError):
+            return False
+
+
+def same_as_buckets(device):
+    """Of all tokens' queries and of those of [CLS], to what bfloat16 rounds: 0.05, of numbers up to 3.5."""
+    lengths, heads, size = [70, 33, 1, 128], 4, 64
+    starts, results = np.cumsum([0, *lengths]), []
+    x, grad = torch.randn(2, sum(lengths), 3, heads, size).bfloat16()
+    for function, kind, where in (varlen_attention, torch.bfloat16, device), (bucket_attention, torch.float32, "cpu"):
+        plan = AttentionPlan(starts, heads, lambda array, where=where: torch.from_numpy(array).to(where))
+        qkv, grads = (tensor.to(where, kind) for tensor in (x, grad[:, 0]))
+        for inputs in ([qkv, None], [qkv[:, 1:], qkv[plan.cls, 0]]):
+            leaves = [tensor.detach().requires_grad_() for tensor in inputs if tensor is not None]
+            out = function(*leaves, *[None] * (2 - len(leaves)), plan, 0.0)
+            results += out, *torch.autograd.grad(out, leaves, grads[: len(out)])
+    pairs = zip(results[: len(results) // 2], results[len(results) // 2 :], strict=True)
+    return all(torch.allclose(found.cpu().float(), right, rtol=0.05, atol=0.05) for found, right in pairs)
+
+
+def drops_a_tenth(device):
+    """With queries of 0 all P are 1/64; with values of the unit matrix the context is P M itself."""
+    size, plan = 64, AttentionPlan([0, 64, 128], 4, lambda array: torch.from_numpy(array).to(device))
+    x = torch.zeros(128, 3, 4, size, dtype=torch.bfloat16, device=device)
+    x[:, 2] = torch.eye(size, device=device).repeat(2, 1)[:, None]
+    out = varlen_attention(x.requires_grad_(), None, plan, 0.1)
+    grad = torch.randn(out.shape, device=device).bfloat16()
+    (slope,) = torch.autograd.grad(out, x, grad)
+    mask, grad = (tensor.float().view(2, size, 4, size) for tensor in (out, grad))
+    rate, scale = (mask == 0).float().mean().item(), size * mask.max().item()
+    expected = torch.einsum("biaj,biad->bjad", mask, grad).reshape(128, 4, size)
+    return (
+        abs(rate - 0.1) < 0.02
+        and abs(scale - 1 / 0.9) < 0.02
+        and torch.allclose(slope[:, 2].float(), expected, 0.05, 0.01)
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- encoder
