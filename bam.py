@@ -210,17 +210,15 @@ class Adam:
         return int(saved["step"])
 
 
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt, in glibc's malloc.h
-
-
-def keep_freed_memory():
-    """Give back what loading has freed. What a step frees from here on, in blocks below 32 MB, glibc keeps for the next
-    one, instead of having it mapped again page by page: a setting of the whole process."""
+def keep_freed_memory(most=2**31 - 1):
+    """Give back what loading has freed. What a step frees from here on, in blocks below 32 MB and up to `most` bytes,
+    glibc keeps for the next one, instead of having it mapped again page by page: a setting of the whole process."""
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         glibc = ctypes.CDLL(None)
         glibc.malloc_trim(0)
-        glibc.mallopt(MMAP_THRESHOLD, 2**25)  # bytes; the most it takes
-        glibc.mallopt(TRIM_THRESHOLD, 2**31 - 1)
+        glibc.mallopt(mmap_threshold, 2**25)  # bytes; the most it takes
+        glibc.mallopt(trim_threshold, most)
 
 
 CHECKPOINT = "training.safetensors"
@@ -241,7 +239,7 @@ def one_before(path):
 # run.write(f, ...): rank 0 calls f, the others wait; run.exists(path): what rank 0 sees. run.teachers is the run that
 # trains the teachers: the same one, or, with --teacher-checkpoint, one like it with another checkpoint and its tokens.
 
-TOKENS_AT_ONCE = {True: 8192, False: 2000}  # on CUDA or not, in training and predicting: what fills it, and no more
+CUDA_TOKENS, CPU_TOKENS = 8192, 2000  # at once, in training and in predicting: what fills the device, and no more
 MIN_TOKENS = 256  # where memory is short
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
@@ -780,8 +778,9 @@ class Device:
         on_cuda = self.device.type == "cuda"
         self.bfloat16 = on_cuda if args.precision == "auto" else args.precision == "bfloat16"
         bert.COMPILE = on_cuda if args.compile is None else args.compile
-        bert.VARLEN = on_cuda and self.bfloat16 and args.varlen and bert.varlen_works(self.device)
-        self.tokens_at_once = TOKENS_AT_ONCE[on_cuda]
+        self.wants_varlen = on_cuda and self.bfloat16 and args.varlen
+        bert.VARLEN = self.wants_varlen and bert.varlen_works(self.device)
+        self.tokens_at_once = CUDA_TOKENS if on_cuda else CPU_TOKENS
         self.signals = []  # asking to stop
 
     def to_device(self, array):
@@ -819,7 +818,7 @@ class Run(Device):
             self.log = open(self.folder / "log.txt" if RANK == 0 else os.devnull, "a", encoding="utf-8")
         except OSError as error:
             raise UsageError(f"{self.folder}: cannot be written ({error.strerror}); --out names another") from error
-        if self.device.type == "cuda" and self.bfloat16 and args.varlen and not bert.VARLEN:
+        if self.wants_varlen and not bert.VARLEN:
             self.say("FlashAttention does not do here what is expected of it: attention runs in padded buckets")
         self.limit, self.suffix, self.teachers = args.limit, "", self
         if args.demo:

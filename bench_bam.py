@@ -16,7 +16,6 @@ the full model's operations over real tokens, whatever a variant adds by padding
 
 import argparse
 import contextlib
-import ctypes
 import functools
 import itertools
 import json
@@ -529,9 +528,7 @@ class FreedMemoryGoesBack:
     """For a while, glibc as it ends up by itself once large blocks were freed."""
 
     def __enter__(self):
-        with contextlib.suppress(AttributeError, OSError, TypeError):
-            ctypes.CDLL(None).mallopt(bam.TRIM_THRESHOLD, 2**26)
-            ctypes.CDLL(None).malloc_trim(0)
+        bam.keep_freed_memory(2**26)
 
     def __exit__(self, *_):
         bam.keep_freed_memory()
@@ -749,7 +746,7 @@ class OnPaper(bam.Device):
 
     def __init__(self):
         super().__init__(argparse.Namespace(device="cpu", precision="float32", compile=False, varlen=False))
-        self.device, self.tokens_at_once = torch.device("meta"), bam.TOKENS_AT_ONCE[True]
+        self.device, self.tokens_at_once = torch.device("meta"), bam.CUDA_TOKENS
 
     def to_device(self, array):
         return torch.from_numpy(array).to(self.device)

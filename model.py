@@ -251,28 +251,29 @@ class Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, padded, queries, buckets, p):
-        inputs, kept, masks = buckets.split(padded, queries), [], []
+        inputs, all_probabilities, keeps = buckets.split(padded, queries), [], []
         ctx.buckets, ctx.scale = buckets, 1.0
         out = padded.new_empty(sum(rows_of(inputs)), padded.shape[-1])
         for (q, k, v), real, context in zip(inputs, buckets.masks, out.split(rows_of(inputs)), strict=True):
             scores = product(q, k.mT, q.shape[-1] ** -0.5)
             if real is not None:
                 scores.masked_fill_(~real, -torch.inf)
-            kept.append(scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)))
+            probabilities = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
             keep, ctx.scale = dropout_mask(scores, p) if p else (None, 1.0)
-            masks.append(keep)
-            product(masked(kept[-1], keep).to(v.dtype), v, ctx.scale, out=context.view_as(q))
-        ctx.save_for_backward(padded, queries, *kept, *masks)
+            product(masked(probabilities, keep).to(v.dtype), v, ctx.scale, out=context.view_as(q))
+            all_probabilities.append(probabilities)
+            keeps.append(keep)
+        ctx.save_for_backward(padded, queries, *all_probabilities, *keeps)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        padded, queries, *kept = ctx.saved_tensors
-        kept, masks = kept[: len(kept) // 2], kept[len(kept) // 2 :]
+        padded, queries, *saved = ctx.saved_tensors
+        all_probabilities, keeps = saved[: len(saved) // 2], saved[len(saved) // 2 :]
         grads = torch.empty_like(padded), None if queries is None else torch.empty_like(queries)
         inputs, outputs = ctx.buckets.split(padded, queries), ctx.buckets.split(*grads)
-        pieces = zip(inputs, outputs, grad.split(rows_of(inputs)), kept, masks, strict=True)
+        pieces = zip(inputs, outputs, grad.split(rows_of(inputs)), all_probabilities, keeps, strict=True)
         for (q, k, v), (grad_q, grad_k, grad_v), grad_out, probabilities, keep in pieces:
             grad_out = grad_out.view_as(q)
             product(masked(probabilities, keep).to(v.dtype).mT, grad_out, ctx.scale, out=grad_v)
@@ -316,17 +317,18 @@ def varlen_works(device):
 
 def same_as_buckets(device):
     """Of all tokens' queries and of those of [CLS], to what bfloat16 rounds: 0.05, of numbers up to 3.5."""
-    lengths, heads, size = [70, 33, 1, 128], 4, 64
-    starts, results = np.cumsum([0, *lengths]), []
-    x, grad = torch.randn(2, sum(lengths), 3, heads, size).bfloat16()
-    for function, kind, where in (varlen_attention, torch.bfloat16, device), (bucket_attention, torch.float32, "cpu"):
-        plan = AttentionPlan(starts, heads, lambda array, where=where: torch.from_numpy(array).to(where))
-        qkv, grads = (tensor.to(where, kind) for tensor in (x, grad[:, 0]))
-        for inputs in ([qkv, None], [qkv[:, 1:], qkv[plan.cls, 0]]):
-            leaves = [tensor.detach().requires_grad_() for tensor in inputs if tensor is not None]
-            out = function(*leaves, *[None] * (2 - len(leaves)), plan, 0.0)
-            results += out, *torch.autograd.grad(out, leaves, grads[: len(out)])
-    pairs = zip(results[: len(results) // 2], results[len(results) // 2 :], strict=True)
+    starts, heads = np.cumsum([0, 70, 33, 1, 128]), 4
+    x, grad = torch.randn(2, starts[-1], 3, heads, 64).bfloat16()
+
+    def outcomes(function, where, dtype):
+        plan = AttentionPlan(starts, heads, lambda array: torch.from_numpy(array).to(where))
+        qkv, grads = x.to(where, dtype).requires_grad_(), grad[:, 0].to(where, dtype)
+        for inputs in ((qkv, None), (qkv[:, 1:], qkv[plan.cls, 0])):
+            out = function(*inputs, plan, 0.0)
+            yield from (out, *torch.autograd.grad(out, qkv, grads[: len(out)]))
+
+    pairs = zip(outcomes(varlen_attention, device, torch.bfloat16), outcomes(bucket_attention, "cpu", torch.float32),
+                strict=True)  # fmt: skip
     return all(torch.allclose(found.cpu().float(), right, rtol=0.05, atol=0.05) for found, right in pairs)
 
 
