@@ -1,32 +1,29 @@
-"""GLUE: its tasks, files, tokens, batches, metrics and submission format. NumPy and `tokenizers`; no torch.
+"""GLUE: its tasks, files, tokens, batches, metrics and submission format. NumPy; imports nothing of ours.
 
-    tasks        what GLUE is, a row a task                          TASKS, resolve
-    reading      TSV files to sentences and labels                   read_split
-    tokenizing   sentences to token ids                              Tokenizer, load_dataset
+    tasks        what GLUE says of each task                         TASKS, resolve
+    reading      TSV files to sentences and labels                   read_split, read_sentences
+    tokenizing   sentences to token ids                              Dataset, load_glue, text_dataset
     mixing       several tasks to one stream of examples             mix, sample_schedule
-    batches      examples to one row of tokens                       pack
+    batches      examples to one row of tokens                       micro_batches, pack
     metrics      outputs to the figures of the paper's table         score, mann_whitney_p
     submission   outputs to what gluebenchmark.com accepts           answers, submission_zip
-    demo         a small GLUE of generated English                   write_demo
 
 Dimension letters: N examples, T tokens, B sequences of a batch, K outputs (labels, or one for a score) of a task or of
 several tasks side by side.
 """
 
+import contextlib
+import hashlib
 import io
-import itertools
-import json
-import random
-import shutil
+import os
+import re
 import zipfile
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
-import tokenizers
-from tokenizers import models, normalizers, pre_tokenizers, processors
 
 
 class DataError(ValueError):
@@ -38,7 +35,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Task:
-    """What GLUE says of one task; a new task is a new row of TASKS (see the README).
+    """What GLUE says of one task; a new task is a new entry of TASKS (see the README).
 
     Label order is the original's (bam/task_specific/classification/classification_tasks.py), metrics[0] the paper's.
     """
@@ -55,6 +52,10 @@ class Task:
     train: str = "train.tsv"
     dev: tuple[tuple[str, str], ...] = (("dev", "dev.tsv"),)  # (split, file); the first is the paper's
     test: tuple[tuple[str, str], ...] = ()  # (name in the submission, file)
+
+    def __post_init__(self):
+        if "f1" in self.metrics and len(self.labels) != 2:
+            raise DataError(f"task {self.name}: f1 needs two labels; there are {len(self.labels)}")
 
     @property
     def num_outputs(self):
@@ -97,129 +98,129 @@ EIGHT = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")  # the pa
 
 
 def resolve(names):
-    """'rte,SST-2' or 'all' to a list of Tasks. Case and hyphens do not matter; unknown or repeated names raise."""
-    known = {alias.lower().replace("-", ""): task for task in TASKS.values() for alias in (task.name, task.folder)}
-    wanted = [name.strip() for name in names.split(",")]
-    if [name.lower() for name in wanted] == ["all"]:
+    """The Tasks that 'rte,SST-2' or 'all' names. Unknown, ambiguous and repeated names raise."""
+    if names.strip().lower() == "all":
         return [TASKS[name] for name in EIGHT]
-    tasks = []
-    for name in wanted:
-        task = known.get(name.lower().replace("-", ""))
-        if task is None:
-            raise DataError(f"--task: unknown task {name!r}; known: all, {', '.join(TASKS)}")
-        if task in tasks:
+    tasks = [find_task(name.strip()) for name in names.split(",")]
+    for task in tasks:
+        if tasks.count(task) > 1:
             raise DataError(f"--task: {task.name} is named twice")
-        tasks.append(task)
     return tasks
+
+
+def find_task(name):
+    """The Task of this name or, if there is none, of this folder. Case and hyphens do not matter."""
+    wanted = name.lower().replace("-", "")
+    for field in ("name", "folder"):
+        found = [task for task in TASKS.values() if getattr(task, field).lower().replace("-", "") == wanted]
+        if len(found) > 1:
+            raise DataError(f"--task: {name!r} may be {' or '.join(task.name for task in found)}; rename one in TASKS")
+        if found:
+            return found[0]
+    raise DataError(f"--task: unknown task {name!r}; known: all, {', '.join(TASKS)}")
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-LONGEST_LINE = 2**20  # bytes; GLUE's have a few thousand
-
-
-def read_tsv(path, header=(), expected="a file of GLUE"):
-    """A TSV file to its rows with their line numbers, (line, [field, ...]), one at a time; first the column names,
-    which are `header` where the file does not have them."""
+def read_file(path, expected):
     try:
-        return parse_tsv(path.read_bytes(), path, header)
+        return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); expected {expected}") from error
 
 
-def parse_tsv(data, path, header=()):
-    """read_tsv of bytes; path is for messages.
+def parse_tsv(data, path, wanted, header=()):
+    """Yield (line number, fields of the `wanted` columns) for the examples of a TSV file's bytes.
 
-    No quoting: in GLUE a double quote is a character. A byte-order mark and CR LF are taken off, nothing else is: edge
-    fields may be empty. A line without exactly one field a column raises, and so do blank lines, invalid UTF-8, columns
-    of one name, and lines that cannot be a row.
+    `header` names the columns of a file without a header line. There is no quoting: in GLUE a double quote is a
+    character. A byte-order mark and CR LF are removed and nothing else is, because edge fields may be empty.
     """
     columns = header
-    if header:
-        yield 0, header
-    for number, line in enumerate(io.BytesIO(data), start=1):  # it breaks at line feeds and nowhere else
+    for number, line in enumerate(io.BytesIO(data), start=1):  # only a line feed ends a line
         place = f"{path}, line {number}"
-        if len(line) > LONGEST_LINE:
-            raise DataError(f"{place}: {len(line)} bytes; expected at most {LONGEST_LINE}")
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             raise DataError(f"{place}: byte 0x{error.object[error.start]:02x} is not UTF-8") from error
         fields = text.removesuffix("\n").removesuffix("\r").split("\t")
-        columns = columns or fields
-        if len(fields) != len(columns):
-            expected = f"expected {len(columns)}: {brief(', '.join(columns))}"
+        if not columns:
+            columns = fields
+            for name in wanted:
+                if columns.count(name) != 1:
+                    raise DataError(f"{place}: expected one column {name!r}; found {brief(columns)}")
+        elif len(fields) != len(columns):
+            expected = f"expected {len(columns)}: {brief(columns)}"
             raise DataError(f"{place}: {len(fields)} tab-separated fields; {expected}")
-        if fields is columns and len(set(columns)) < len(columns):
-            raise DataError(f"{place}: two columns of one name: {brief(', '.join(columns))}")
-        yield number, fields
+        else:
+            yield number, [fields[columns.index(name)] for name in wanted]
     if not columns:
         raise DataError(f"{path}: is empty; expected a header line")
 
 
-def brief(text):
-    """A file's text in a message: its beginning, control characters spelled out."""
-    return repr(text[:200])
+def brief(fields):
+    """The beginning of a line, for a message, with control characters escaped."""
+    return repr(", ".join(fields)[:200])
 
 
-def read_sentences(task, data, path):
-    """Somebody's own text, bytes: a row a line, the task's sentences with a tab between; or a file with a header, as
-    GLUE's, whose columns are taken by name. Returns (first, second or None)."""
-    rows = parse_tsv(data, path, () if set(task.text) <= set(header_of(data)) else task.text)
-    (_, columns), texts = next(rows), [[] for _ in task.text]
-    for _, fields in rows:
-        for name, text in zip(task.text, texts, strict=True):
-            text.append(fields[columns.index(name)])
-    if not texts[0]:
-        raise DataError(f"{path}: has no rows; expected {' and '.join(task.text)}, a row a line")
-    return texts[0], texts[1] if len(texts) == 2 else None
-
-
-def header_of(data):
-    line = io.BytesIO(data).readline(LONGEST_LINE)
-    return line.decode("utf-8-sig", "replace").removesuffix("\n").removesuffix("\r").split("\t")
+def first_line(data):
+    line = data.partition(b"\n")[0].decode("utf-8-sig", "replace")
+    return line.removesuffix("\r").split("\t")
 
 
 @dataclass(frozen=True)
 class Split:
-    """Examples as GLUE writes them; second is None for single-sentence tasks, labels (N, K) is None in a test split."""
+    """Examples as GLUE writes them."""
 
     first: list[str]
-    second: list[str] | None
-    labels: np.ndarray | None
-    lines: np.ndarray  # (N,) int32, from 1
+    second: list[str] | None  # None for single-sentence tasks
+    labels: np.ndarray | None  # (N, K) float32; None in a test split
+    lines: np.ndarray  # (N,) int32, line numbers from 1
+    index: np.ndarray  # (N,) int32, each example's number in a submission
 
 
 def read_split(task, split, root):
-    """One split of a task under GLUE's folder `root` to a Split. Raises DataError, file and line named."""
+    """One split of a task, under the GLUE folder `root`, as a Split."""
     path = Path(root) / task.folder / task.files[split]
-    labelled = split not in dict(task.test)
-    rows = read_tsv(path, task.header if labelled else ())
-    columns = next(rows)[1]
-    wanted = (*task.text, task.label) if labelled else task.text
-    for name in wanted:
-        if name not in columns:
-            raise DataError(f"{path}, line 1: no column {name!r}; found {brief(', '.join(columns))}")
-    places, texts, labels = [columns.index(name) for name in wanted], [[] for _ in task.text], array("f")
-    lines = array("i")
-    for line, fields in rows:
-        lines.append(line)
-        for text, place in zip(texts, places, strict=False):  # the label's comes last
-            text.append(fields[place])
-        if labelled:
-            labels.extend(read_label(task, fields[places[-1]], path, line))
-    if not texts[0]:
-        raise DataError(f"{path}: has no rows; expected examples of {task.folder}")
-    labels = np.array(labels).reshape(-1, task.num_outputs) if labelled else None
-    return Split(texts[0], texts[1] if len(texts) == 2 else None, labels, np.array(lines, np.int32))
+    data = read_file(path, "a file of GLUE")
+    is_test = split in dict(task.test)
+    has_index = is_test and "index" in first_line(data)
+    wanted = [*task.text, "index"] if has_index else [*task.text] if is_test else [*task.text, task.label]
+    texts = []
+    labels = array("f")
+    lines = {}  # {number in a submission: line}
+    for line, words in parse_tsv(data, path, wanted, () if is_test else task.header):
+        texts.append(words[: len(task.text)])
+        lines[read_index(words[-1], lines, path, line) if has_index else len(lines)] = line
+        if not is_test:
+            labels.extend(read_label(task, words[-1], path, line))
+    first, second = sentences_of(task, texts, path)
+    labels = None if is_test else np.array(labels).reshape(-1, task.num_outputs)  # (N, K)
+    return Split(first, second, labels, np.array(list(lines.values()), np.int32), np.array(list(lines), np.int32))
+
+
+def sentences_of(task, texts, path):
+    """(first, second or None) of the texts of all examples."""
+    if not texts:
+        raise DataError(f"{path}: has no examples; expected {' and '.join(task.text)}, one example a line")
+    first, *second = [list(column) for column in zip(*texts, strict=True)]
+    return first, second[0] if second else None
+
+
+def read_index(word, lines, path, line):
+    """An example's number in the submission, which need not be its position in the file."""
+    if not re.fullmatch("[0-9]{1,9}", word):
+        raise DataError(f"{path}, line {line}: index {brief([word])}; expected a whole number")
+    if int(word) in lines:
+        raise DataError(f"{path}, line {line}: index {word} stands on line {lines[int(word)]} already")
+    return int(word)
 
 
 def read_label(task, word, path, line):
-    """The K targets of one example: one-hot, or the score's place in its range. Raises DataError, file and line named."""
+    """The K targets of one example: one-hot, or the score as a fraction of its range."""
     if task.labels:
         if word not in task.labels:
-            raise DataError(f"{path}, line {line}: unknown label {brief(word)}; expected {' or '.join(task.labels)}")
+            raise DataError(f"{path}, line {line}: unknown label {brief([word])}; expected {' or '.join(task.labels)}")
         return [float(word == label) for label in task.labels]
     try:
         score = float(word.replace("_", "?"))  # to Python, 0_5 would be 5
@@ -227,88 +228,28 @@ def read_label(task, word, path, line):
         score = float("nan")
     low, high = task.scores
     if not low <= score <= high:
-        raise DataError(f"{path}, line {line}: score {brief(word)}; expected a number from {low:g} to {high:g}")
+        raise DataError(f"{path}, line {line}: score {brief([word])}; expected a number from {low:g} to {high:g}")
     return [(score - low) / (high - low)]
 
 
-# ---------------------------------------------------------------------------------------------------------- tokenizing
+COLUMN_NAME = re.compile(r"[\"'#]?\d* ?[\w-]+( ?\d+| [A-Za-z])?[\"']?", re.ASCII)  # text, #1 String, Sentence 2, ...
 
 
-class Tokenizer:
-    """BERT's WordPiece over a vocab.txt, as the original's FullTokenizer splits (bam/bert/tokenization.py).
+def read_sentences(task, data, path):
+    """(first, second or None): the sentences of somebody's own text, given as bytes.
 
-    Built from vocab.txt alone: a tokenizer.json may bring truncation, padding, a shorter longest word, and special
-    tokens that a sentence could spell. Cased or not is read off the vocabulary: capitals occur outside [brackets].
+    One example a line, with a tab between the sentences of a pair; or with a header, whose columns are found by name. A
+    first line that looks like a header of other names is refused, because its prediction would shift all the others.
     """
-
-    def __init__(self, vocab_file):
-        vocab = read_vocab(Path(vocab_file))
-        self.size = len(vocab)
-        self.cls_id, self.sep_id = vocab["[CLS]"], vocab["[SEP]"]
-        self.lowercase = not any(token != token.lower() for token in vocab if not token.startswith("["))
-        # 200: the original's longest word.
-        wordpiece = models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=200)
-        self.backend = tokenizers.Tokenizer(wordpiece)
-        self.backend.normalizer = normalizers.BertNormalizer(lowercase=self.lowercase)
-        self.backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        self.known = {}  # {what stands between two spaces: its ids}
-
-    def __call__(self, texts, chunk=8192):
-        """Sentences to lists of token ids, without special tokens; a chunk at a time, since words take memory."""
-        chunks = [texts[start : start + chunk] for start in range(0, len(texts), chunk)]
-        return [ids for part in chunks for ids in self.encode(part)]
-
-    def encode(self, texts):
-        """A space always ends a token, so what stands between two is tokenized once, however often it occurs."""
-        if self.lowercase:  # here, since Python knows the Greek final sigma, as the original does, and Rust does not
-            texts = [text.lower() for text in texts]
-        sentences, known = [text.split(" ") for text in texts], self.known
-        new = list(set(itertools.chain.from_iterable(sentences)) - known.keys())
-        encodings = self.backend.encode_batch_fast(new, add_special_tokens=False)
-        known.update((word, encoding.ids) for word, encoding in zip(new, encodings, strict=True))
-        return [list(itertools.chain.from_iterable([known[word] for word in words])) for words in sentences]
+    names = first_line(data)
+    header = () if set(task.text) <= set(names) else task.text
+    if header and data and all(COLUMN_NAME.fullmatch(name) for name in names):
+        expected = f"expected the column names {' and '.join(task.text)}, or no header"
+        raise DataError(f"{path}, line 1: {brief(names)} looks like a header; {expected}")
+    return sentences_of(task, [words for _, words in parse_tsv(data, path, task.text, header)], path)
 
 
-def save_tokenizer(vocab_file, folder, max_length):
-    """Write vocab.txt and the files from which Hugging Face's AutoTokenizer makes this tokenizer."""
-    tokenizer = Tokenizer(vocab_file)
-    tokens = {
-        name: f"[{name[:-6].upper()}]" for name in ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-    }
-    vocab = tokenizer.backend.get_vocab()
-    tokenizer.backend.add_special_tokens([token for token in tokens.values() if token in vocab])
-    single = "[CLS]:0 $A:0 [SEP]:0"
-    special = [(token, vocab[token]) for token in ("[CLS]", "[SEP]")]
-    pair = single + " $B:1 [SEP]:1"
-    tokenizer.backend.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=special)
-    tokenizer.backend.save(str(folder / "tokenizer.json"))
-    inputs = ["input_ids", "token_type_ids", "attention_mask"]
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": inputs}
-    settings |= {"model_max_length": max_length, **tokens}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
-    shutil.copyfile(vocab_file, folder / "vocab.txt")
-
-
-def read_vocab(path):
-    """vocab.txt, a token a line, to {token: id}. Raises DataError on duplicates or a missing special token."""
-    vocab, rows = {}, read_tsv(path, ("token",), "a vocabulary, a token a line")
-    next(rows)  # the column's name
-    for line, (token,) in rows:
-        if token in vocab:
-            raise DataError(f"{path}, line {line}: {brief(token)} stands on line {vocab[token] + 1} already")
-        vocab[token] = line - 1
-    for token in ("[UNK]", "[CLS]", "[SEP]"):
-        if token not in vocab:
-            raise DataError(f"{path}: no {token} among {len(vocab)} tokens; expected BERT's vocabulary")
-    return vocab
-
-
-def truncated_lengths(len_a, len_b, limit):
-    """How much of a pair stays if tokens are popped off the longer side, off b on a tie, until `limit` are left."""
-    half_b = limit // 2  # where both are long, the odd token is a's
-    kept_a = np.minimum(len_a, np.maximum(limit - half_b, limit - len_b))
-    return kept_a, np.minimum(len_b, np.maximum(half_b, limit - len_a))
-
+# ---------------------------------------------------------------------------------------------------------- tokenizing
 
 @dataclass(frozen=True)
 class Dataset:
@@ -323,117 +264,166 @@ class Dataset:
     input_ids: np.ndarray
     offsets: np.ndarray
     segment_starts: np.ndarray
-    task_ids: np.ndarray  # (N,) int32, places in `tasks`
+    task_ids: np.ndarray  # (N,) int32, positions in `tasks`
     labels: np.ndarray  # (N, K) float32, the outputs of all tasks side by side; zeros where there are none
-    lines: np.ndarray  # (N,) int32, where they stand in their files
+    lines: np.ndarray  # (N,) int32, line numbers in the files
+    index: np.ndarray  # (N,) int32, numbers in a submission
 
     def __len__(self):
         return len(self.offsets) - 1
 
+    def unknown_share(self, unk_id):
+        """The share of [UNK] among the tokens that come from text."""
+        num_pairs = np.sum(self.segment_starts < np.diff(self.offsets))
+        num_special = 2 * len(self) + num_pairs  # [CLS] and [SEP], and a pair's second [SEP]
+        return np.sum(self.input_ids == unk_id) / max(1, len(self.input_ids) - num_special)
+
 
 def load_dataset(task, split, root, tokenizer, max_length, limit=None):
-    """Read and tokenize one split; at most `limit` rows, evenly spaced: a file's first may be of one source.
+    """One split, read and tokenized, as a Dataset; at most `limit` examples, evenly spaced.
 
     The training sets of symmetric tasks hold all pairs, then all pairs swapped, as the original's `double_unordered`.
     """
-    examples = read_split(task, split, root)
-    rows = range(len(examples.first))
-    if limit and limit < len(rows):
-        rows = np.linspace(0, len(rows) - 1, limit).astype(int)
-    first = [examples.first[row] for row in rows]
-    second = [examples.second[row] for row in rows] if examples.second else None
-    labels = np.zeros((len(first), task.num_outputs), np.float32) if examples.labels is None else examples.labels[rows]
-    lines = examples.lines[rows]
+    whole = read_split(task, split, root)
+    count = len(whole.first)
+    chosen = np.linspace(0, count - 1, limit).astype(int) if limit and limit < count else np.arange(count)
+    first = [whole.first[i] for i in chosen]
+    second = [whole.second[i] for i in chosen] if whole.second else None
     if task.symmetric and split == "train":
         first, second = first + second, second + first
-        labels, lines = np.tile(labels, (2, 1)), np.tile(lines, 2)
-    return make_dataset(task, first, second, labels, lines, tokenizer, max_length)
+        chosen = np.tile(chosen, 2)
+    labels = None if whole.labels is None else whole.labels[chosen]
+    examples = Split(first, second, labels, whole.lines[chosen], whole.index[chosen])
+    return make_dataset(task, examples, tokenizer, max_length)
 
 
-def make_dataset(task, first, second, labels, lines, tokenizer, max_length):
-    """Sentences (second may be None), labels (N, K) and line numbers (N,) to a Dataset of one task."""
-    input_ids, lengths, segment_starts = tokenize(first, second, tokenizer, max_length)
-    offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
-    return Dataset((task,), input_ids, offsets, segment_starts, np.zeros(len(first), np.int32), labels, lines)
+def text_dataset(task, first, second, tokenizer, max_length):
+    """Somebody's own sentences as a Dataset whose labels are zeros."""
+    index = np.arange(len(first), dtype=np.int32)
+    return make_dataset(task, Split(first, second, None, index + 1, index), tokenizer, max_length)
 
 
-def where(dataset, rows):
-    """The files and lines of training examples, for a message."""
-    words = []
-    for place, task in enumerate(dataset.tasks):
-        lines = sorted(set(dataset.lines[rows[dataset.task_ids[rows] == place]].tolist()))
-        if lines:
-            words.append(f"{task.folder}/{task.train}, line {', '.join(map(str, lines))}")
-    return "; ".join(words)
+def make_dataset(task, examples, tokenizer, max_length):
+    """A Split as a Dataset of one task: [CLS] a [SEP], or [CLS] a [SEP] b [SEP] if any token of b is left."""
+    input_ids, lengths, segment_starts = array("i"), array("i"), array("i")
+    first = tokenizer(examples.first)
+    second = tokenizer(examples.second) if examples.second else [[]] * len(first)
+    for a, b in zip(first, second, strict=True):
+        kept_a, kept_b = truncated_lengths(len(a), len(b), max_length - (3 if b else 2))
+        ids = [tokenizer.cls_id, *a[:kept_a], tokenizer.sep_id]
+        segment_starts.append(len(ids))
+        if b:
+            ids += [*b[:kept_b], tokenizer.sep_id]
+        input_ids.extend(ids)
+        lengths.append(len(ids))
+    no_labels = np.zeros((len(first), task.num_outputs), np.float32)
+    return Dataset(
+        tasks=(task,),
+        input_ids=np.array(input_ids),
+        offsets=np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))),
+        segment_starts=np.array(segment_starts),
+        task_ids=np.zeros(len(first), np.int32),
+        labels=no_labels if examples.labels is None else examples.labels,
+        lines=examples.lines,
+        index=examples.index,
+    )
 
 
-def tokenize(first, second, tokenizer, max_length):
-    """Sentences to one flat array of ids, each example's length, and where its segment 1 starts."""
-    ids_a, all_a = flatten(tokenizer(first))
-    ids_b, all_b = flatten(tokenizer(second) if second else [[]] * len(first))
-    pair = all_b > 0  # else one sentence, or a second one of which no token is left
-    len_a, len_b = truncated_lengths(all_a, all_b, max_length - 2 - pair)
-    lengths = len_a + len_b + 2 + pair
-    ends = np.cumsum(lengths, dtype=np.int64)
-    starts = ends - lengths
-    input_ids = np.full(ends[-1], tokenizer.sep_id, np.int32)
-    input_ids[starts] = tokenizer.cls_id
-    for ids, whole, kept, start in ((ids_a, all_a, len_a, starts + 1), (ids_b, all_b, len_b, starts + 2 + len_a)):
-        inside = np.arange(kept.sum()) - np.repeat(np.cumsum(kept) - kept, kept)  # 0 1 2, 0 1, ...
-        input_ids[np.repeat(start, kept) + inside] = ids[np.repeat(np.cumsum(whole) - whole, kept) + inside]
-    return input_ids, lengths.astype(np.int32), (len_a + 2).astype(np.int32)
+def truncated_lengths(len_a, len_b, limit):
+    """How many tokens of a pair stay if the longer side, or b on a tie, loses one at a time until `limit` are left."""
+    half_b = limit // 2  # where both are long, the odd token is a's
+    return min(len_a, max(limit - half_b, limit - len_b)), min(len_b, max(half_b, limit - len_a))
 
 
-def flatten(lists):
-    """Lists of ids to one array, and each one's length."""
-    lengths = np.fromiter(map(len, lists), np.int64, len(lists))
-    return np.fromiter(itertools.chain.from_iterable(lists), np.int32, lengths.sum()), lengths
+def load_glue(tasks, root, tokenizer, max_length, limit=None, cache=None):
+    """{task: {split: Dataset}} of every file that is there; of WNLI the test split in any case, for the submission."""
+    data = {}
+    for task in dict.fromkeys([*tasks, TASKS["wnli"]]):
+        tests = [split for split, file in task.test if (root / task.folder / file).exists()]
+        splits = ["train", *dict(task.dev), *tests] if task in tasks else tests
+        data[task.name] = {}
+        for split in splits:
+            arguments = task, split, root, tokenizer, max_length, limit if split == "train" else None
+            data[task.name][split] = load_cached(cache, *arguments) if cache else load_dataset(*arguments)
+    return data
+
+
+def load_cached(cache, task, split, root, tokenizer, *settings):
+    """load_dataset; the folder `cache` keeps its arrays for the same file, tokenizer, settings and code."""
+    source = root / task.folder / task.files[split]
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (source, Path(__file__)) if path.is_file()]
+    key = repr((task, split, settings, tokenizer.fingerprint(), digests))
+    path = cache / f"{task.name}-{split}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+    if path.exists():
+        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(path) as arrays:  # damaged
+            return Dataset((task,), **arrays)
+    dataset = load_dataset(task, split, root, tokenizer, *settings)
+    arrays = {field.name: getattr(dataset, field.name) for field in fields(dataset)[1:]}
+    cache.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(f".{os.getpid()}.npz")
+    np.savez(beside, **arrays)
+    beside.replace(path)
+    return dataset
+
+
+def describe_examples(dataset, examples):
+    """The files and lines of training examples, for an error message."""
+    descriptions = []
+    for task_id, task in enumerate(dataset.tasks):
+        lines = np.unique(dataset.lines[examples[dataset.task_ids[examples] == task_id]])
+        if len(lines):
+            descriptions.append(f"{task.folder}/{task.train}, line {', '.join(map(str, lines))}")
+    return "; ".join(descriptions)
 
 
 # -------------------------------------------------------------------------------------------------------------- mixing
 
 
 def mix(datasets):
-    """Several tasks' examples as one Dataset, in the order given. Each task's labels keep to columns of their own."""
+    """The examples of several Datasets, in this order, as one Dataset; each task's labels have columns of their own."""
     if len(datasets) == 1:
         return datasets[0]
+    joined = lambda name: np.concatenate([getattr(dataset, name) for dataset in datasets])
     lengths = np.concatenate([np.diff(dataset.offsets) for dataset in datasets])
     return Dataset(
         tasks=tuple(task for dataset in datasets for task in dataset.tasks),
-        input_ids=np.concatenate([dataset.input_ids for dataset in datasets]),
+        input_ids=joined("input_ids"),
         offsets=np.concatenate(([0], np.cumsum(lengths))),
-        segment_starts=np.concatenate([dataset.segment_starts for dataset in datasets]),
+        segment_starts=joined("segment_starts"),
         task_ids=np.repeat(np.arange(len(datasets), dtype=np.int32), [len(dataset) for dataset in datasets]),
         labels=side_by_side([dataset.labels for dataset in datasets]),
-        lines=np.concatenate([dataset.lines for dataset in datasets]),
+        lines=joined("lines"),
+        index=joined("index"),
     )
 
 
 def side_by_side(blocks):
-    """[(N1, K1), (N2, K2), ...] to (N1 + N2 + ..., K1 + K2 + ...): the blocks on the diagonal, zeros elsewhere."""
-    corners = np.cumsum([(0, 0)] + [block.shape for block in blocks], axis=0)
-    out = np.zeros(corners[-1], np.float32)
-    for block, (row, column) in zip(blocks, corners[:-1], strict=True):
-        out[row : row + block.shape[0], column : column + block.shape[1]] = block
+    """Blocks (N1, K1), (N2, K2), ... on the diagonal of an array (N1 + N2 + ..., K1 + K2 + ...), zeros elsewhere."""
+    ends = np.cumsum([block.shape for block in blocks], axis=0)
+    out = np.zeros(ends[-1], np.float32)
+    for block, (row, column) in zip(blocks, ends, strict=True):
+        out[row - block.shape[0] : row, column - block.shape[1] : column] = block
     return out
 
 
 def sample_schedule(sizes, num_steps, batch_size, exponent, seed):
-    """The examples of a whole run, (num_steps, batch_size, 2) int32 of (task, row), from one seed.
+    """The examples of a whole run, (num_steps, batch_size) indices into the mixed dataset, from one seed.
 
     sizes: each task's training examples, doubled pairs counted twice. An example's task is drawn with p ∝
-    size^exponent; the paper's 0.75 keeps the large tasks from drowning the small. Its row is the next of the task's
+    size^exponent; the paper's 0.75 keeps the large tasks from drowning the small. It is the next example of the task's
     current pass, and each pass is a fresh permutation.
     """
     rng = np.random.default_rng(seed)
     weights = np.asarray(sizes, np.float64) ** exponent
     tasks = rng.choice(len(sizes), size=num_steps * batch_size, p=weights / weights.sum())
-    schedule = np.stack([tasks, tasks], axis=1).astype(np.int32)
+    schedule = np.zeros(num_steps * batch_size, np.int64)
+    first_index = 0
     for task, size in enumerate(sizes):
-        places = np.flatnonzero(tasks == task)
-        passes = [rng.permutation(size) for _ in range(-(-len(places) // size))]
-        schedule[places, 1] = np.concatenate(passes)[: len(places)] if passes else 0
-    return schedule.reshape(num_steps, batch_size, 2)
+        draws = np.flatnonzero(tasks == task)
+        passes = [rng.permutation(size) for _ in range(-(-len(draws) // size))]
+        schedule[draws] = first_index + np.concatenate([np.zeros(0, np.int64), *passes])[: len(draws)]
+        first_index += size
+    return schedule.reshape(num_steps, batch_size)
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
@@ -441,42 +431,41 @@ def sample_schedule(sizes, num_steps, batch_size, exponent, seed):
 
 @dataclass(frozen=True)
 class Batch:
-    """B sequences as one row of T tokens, longest first, no padding:
+    """B sequences as one row of T tokens, without padding; all int32:
 
-    [CLS] a a a [SEP] b b [SEP] [CLS] c c [SEP] [CLS] d [SEP]     input_ids    (T,) int64
-      0   0 0 0   0   1 1   1     0   0 0   0     0   0   0       segment_ids  (T,) int64
-      0   1 2 3   4   5 6   7     0   1 2   3     0   1   2       position_ids (T,) int64
-      0                           8              12         15    cu_seqlens   (B + 1,) int32
+    [CLS] a a a [SEP] b b [SEP] [CLS] c c [SEP] [CLS] d [SEP]     input_ids    (T,)
+      0   0 0 0   0   1 1   1     0   0 0   0     0   0   0       segment_ids  (T,)
+      0   1 2 3   4   5 6   7     0   1 2   3     0   1   2       position_ids (T,)
+      0                           8              12         15    cu_seqlens   (B + 1,)
     """
 
     input_ids: np.ndarray
     segment_ids: np.ndarray
     position_ids: np.ndarray
     cu_seqlens: np.ndarray
-    rows: np.ndarray  # (B,) which examples of the Dataset these are
 
 
-def parts(dataset, rows, num_tokens):
-    """The examples `rows` (B,) longest first, cut into as many parts as hold about num_tokens tokens each."""
-    lengths = dataset.offsets[rows + 1] - dataset.offsets[rows]
-    order = np.argsort(-lengths, kind="stable")
-    if not len(rows):  # a process's share of a batch smaller than the number of processes
+def micro_batches(dataset, examples, num_tokens):
+    """The examples (B,), longest first, as a list of arrays of about num_tokens tokens each."""
+    if not len(examples):  # a process's share of a batch smaller than the number of processes
         return []
+    lengths = dataset.offsets[examples + 1] - dataset.offsets[examples]  # (B,)
+    order = np.argsort(-lengths, kind="stable")
     ends = np.cumsum(lengths[order])
     count = -(-ends[-1] // num_tokens)
-    return np.split(rows[order], np.flatnonzero(np.diff((ends - 1) * count // ends[-1])) + 1)
+    numbers = (ends - 1) * count // ends[-1]  # (B,) each example's micro-batch: 0 0 1 1 1 2 ...
+    return np.split(examples[order], np.flatnonzero(np.diff(numbers)) + 1)
 
 
-def pack(dataset, rows):
-    """The examples `rows` (B,) of a Dataset as a Batch."""
-    lengths = dataset.offsets[rows + 1] - dataset.offsets[rows]
-    order = np.argsort(-lengths, kind="stable")
-    rows, lengths = rows[order], lengths[order]
-    cu_seqlens = np.concatenate(([0], np.cumsum(lengths)))
-    position_ids = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
-    input_ids = dataset.input_ids[np.repeat(dataset.offsets[rows], lengths) + position_ids].astype(np.int64)
-    segment_ids = (position_ids >= np.repeat(dataset.segment_starts[rows], lengths)).astype(np.int64)
-    return Batch(input_ids, segment_ids, position_ids, cu_seqlens.astype(np.int32), rows)
+def pack(dataset, examples):
+    """The examples (B,) of a Dataset as a Batch, in the order given."""
+    starts = dataset.offsets[examples]  # (B,)
+    lengths = dataset.offsets[examples + 1] - starts  # (B,)
+    cu_seqlens = np.concatenate(([0], np.cumsum(lengths)))  # (B + 1,)
+    position_ids = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)  # (T,)
+    input_ids = dataset.input_ids[np.repeat(starts, lengths) + position_ids]  # (T,)
+    segment_ids = position_ids >= np.repeat(dataset.segment_starts[examples], lengths)  # (T,)
+    return Batch(*(array.astype(np.int32) for array in (input_ids, segment_ids, position_ids, cu_seqlens)))
 
 
 # ------------------------------------------------------------------------------------------------------------- metrics
@@ -493,10 +482,12 @@ def f1(true, predicted):
 
 
 def matthews(true, predicted):
-    """Matthews correlation of two classes; 0 where one side is constant (as scikit-learn)."""
-    if np.ptp(true) == 0 or np.ptp(predicted) == 0:
-        return 0.0
-    return np.corrcoef(true, predicted)[0, 1]
+    """Matthews correlation of two or more classes; 0 where one side is constant (as scikit-learn)."""
+    classes = np.arange(1 + max(true.max(), predicted.max()))
+    of_true = (true[:, None] == classes) - np.mean(true[:, None] == classes, 0)  # (N, classes)
+    of_predicted = (predicted[:, None] == classes) - np.mean(predicted[:, None] == classes, 0)
+    scale = np.sqrt(np.sum(of_true**2) * np.sum(of_predicted**2))
+    return np.sum(of_true * of_predicted) / scale if scale else 0.0
 
 
 def pearson(true, predicted):
@@ -507,7 +498,7 @@ def pearson(true, predicted):
 
 
 def ranks(values):
-    """Ranks from 1; equal values share the mean of their places."""
+    """Ranks from 1; equal values share the mean of their ranks."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
@@ -520,7 +511,7 @@ METRICS = {metric.__name__: metric for metric in (accuracy, f1, matthews, pearso
 
 
 def score(task, logits, labels):
-    """Outputs and labels, both (N, K), to {metric: percent}, the paper's metric first."""
+    """{metric: percent} of outputs and labels, both (N, K), the paper's metric first."""
     true, predicted = (outputs[:, 0] if task.is_regression else outputs.argmax(1) for outputs in (labels, logits))
     return {name: 100 * float(METRICS[name](true, predicted)) for name in task.metrics}
 
@@ -552,205 +543,24 @@ def mann_whitney_p(a, b):
 
 
 def answers(task, logits):
-    """Outputs (N, K) to the words of GLUE's files: label words, or scores with three decimals inside their range."""
+    """The words of GLUE's files for outputs (N, K): label words, or scores with three decimals inside their range."""
     if task.is_regression:
         low, high = task.scores
         return [f"{value:.3f}" for value in np.clip(low + logits[:, 0] * (high - low), low, high)]
     return [task.labels[index] for index in logits.argmax(1)]
 
 
-def predictions_tsv(words):
-    """The leaderboard's file format."""
-    return "index\tprediction\n" + "".join(f"{index}\t{word}\n" for index, word in enumerate(words))
+def predictions_tsv(words, index=None):
+    """The text of one leaderboard file, in the order of `index`, by default the words' positions."""
+    numbers = range(len(words)) if index is None else index
+    lines = [f"{number}\t{word}\n" for number, word in sorted(zip(numbers, words, strict=True))]
+    return "index\tprediction\n" + "".join(lines)
 
 
 def submission_zip(predictions):
-    """The bytes of a zip that gluebenchmark.com accepts, of {name in it: answers}; the same for the same answers."""
+    """The bytes of a zip that gluebenchmark.com accepts, from {name: (words, index or None)}; equal for equal words."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, words in predictions.items():
-            archive.writestr(zipfile.ZipInfo(f"{name}.tsv"), predictions_tsv(words), zipfile.ZIP_DEFLATED)
+        for name, (words, index) in predictions.items():
+            archive.writestr(zipfile.ZipInfo(f"{name}.tsv"), predictions_tsv(words, index), zipfile.ZIP_DEFLATED)
     return buffer.getvalue()
-
-
-# ---------------------------------------------------------------------------------------------------------------- demo
-
-# A sentence is a meaning, {slot: concept}, said in one of several ways. A concept is its synonyms, the second one rare;
-# neighbours among the tastes are opposites. All eight tasks are drawn from the same meanings, so that what one task
-# teaches (that a cook is a chef) serves the others, as in GLUE.
-WORDS = {
-    "person": "cook/chef kid/youngster robber/burglar sailor/mariner author/writer lawyer/attorney",
-    "verb": "mend/repair want/demand select/pick lift/hoist film/record inspect/review",
-    "taste": "superb/great awful/terrible lovely/charming ugly/hideous",
-    "thing": "car/auto boat/ship couch/sofa bench/seat coat/jacket hat/cap",
-    "place": " ".join(
-        start + end for start in ("nor", "wes", "green", "red", "oak") for end in ("ton", "field", "wood")
-    ),
-}
-CONCEPTS = {slot: [concept.split("/") for concept in words.split()] for slot, words in WORDS.items()}
-KINDS = ("vehicle", "vehicle", "furniture", "furniture", "garment", "garment")  # of the things above, in their order
-KNOWN_PLACES, OTHER_PLACES = range(12), range(12, 15)  # the others stand in the mismatched sets alone
-ASKED = {"who": "person", "what": "thing", "where": "place"}
-DEMO_ROWS = {"cola": 1500, "sst2": 2000, "mrpc": 800, "stsb": 800, "qqp": 4000, "mnli": 5000, "qnli": 3000, "rte": 300}
-DEMO_DEV_ROWS, DEMO_TEST_ROWS, DEMO_NOISE = 400, 100, 0.05  # noise: wrong labels, so that nothing scores 100
-
-
-def meaning(rng, places, negated=0.0):
-    """A random clause: who will do what to which thing, and perhaps where."""
-    clause = {slot: rng.randrange(len(concepts)) for slot, concepts in CONCEPTS.items()}
-    clause["place"] = rng.choice(places)
-    clause |= {slot: None for slot in ("taste", "place") if rng.random() < 0.5}
-    return clause | {"not": rng.random() < negated, "vague": False}
-
-
-def word(clause, rng, slot):
-    synonyms = CONCEPTS[slot][clause[slot]]
-    return rng.choices(synonyms, (6, 1)[: len(synonyms)])[0]
-
-
-def say(clause, rng, asked=None):
-    """A clause in words, active or passive; or the question for its 'who', 'what' or 'where'."""
-    thing = ["the", word(clause, rng, "thing")]
-    if clause["vague"]:
-        thing[1] = KINDS[clause["thing"]]
-    if clause["taste"] is not None:
-        thing.insert(1, word(clause, rng, "taste"))
-    person, verb = ["the", word(clause, rng, "person")], word(clause, rng, "verb")
-    will = ["will", "not"] if clause["not"] else ["will"]
-    place = [] if clause["place"] is None or asked == "where" else ["in", word(clause, rng, "place")]
-    if asked:
-        words = [asked, *will, *(person if asked != "who" else []), verb, *(thing if asked != "what" else [])]
-    elif rng.random() < 0.2:
-        words = [*thing, *will, "be", verb + "ed", "by", *person]
-    else:
-        words = [*person, *will, verb, *thing]
-    return " ".join([*words, *place, "?" if asked else "."])
-
-
-def change(clause, rng, places, among=tuple(CONCEPTS), count=None):
-    """The same but for one to three, or `count`, of the slots that are filled: each gets another concept."""
-    clause, filled = dict(clause), [slot for slot in among if clause[slot] is not None]
-    for slot in rng.sample(filled, min(rng.randint(1, 3) if count is None else count, len(filled))):
-        others = places if slot == "place" else range(len(CONCEPTS[slot]))
-        clause[slot] = rng.choice([concept for concept in others if concept != clause[slot]])
-    return clause
-
-
-def demo_cola(rng, places):
-    """A sentence, or one with two neighbouring words exchanged."""
-    words, good = say(meaning(rng, places), rng).split(), rng.random() < 0.6
-    place = rng.randrange(1, len(words) - 2)
-    if not good:
-        words[place], words[place + 1] = words[place + 1], words[place]
-    return str(int(good)), " ".join(words)
-
-
-def demo_sst2(rng, places):
-    """One or two judgements; the last one counts, and 'not' turns it round."""
-    clauses = []
-    for _ in range(rng.choice((1, 1, 2))):
-        clause = meaning(rng, places, negated=0.3) | {"taste": rng.randrange(4)}
-        negation = ["not"] * clause["not"]
-        clauses.append(" ".join(["the", word(clause, rng, "thing"), "is", *negation, word(clause, rng, "taste")]))
-    return str(int((clause["taste"] % 2 == 0) != clause["not"])), " but ".join(clauses) + " ."
-
-
-def demo_paraphrase(rng, places):
-    """MRPC: the same said otherwise, or with one to three slots changed."""
-    clause, same = meaning(rng, places), rng.random() < 0.6
-    other = clause if same else change(clause, rng, places)
-    return str(int(same)), say(clause, rng), say(other, rng)
-
-
-def demo_qqp(rng, places):
-    """The same of questions."""
-    clause, same, asked = meaning(rng, places), rng.random() < 0.4, rng.choice(list(ASKED))
-    slots = [slot for slot in CONCEPTS if slot != ASKED[asked]]
-    other = clause if same else change(clause, rng, places, slots)
-    return str(int(same)), say(clause, rng, asked), say(other, rng, asked)
-
-
-def demo_stsb(rng, places):
-    """Five points, less a share for each slot that differs, as several people's judgements would scatter."""
-    clause, changed = meaning(rng, places), rng.randrange(4)
-    filled = sum(clause[slot] is not None for slot in CONCEPTS)
-    score = 5 * (1 - changed / filled) + rng.gauss(0, 0.3)
-    return f"{min(max(score, 0), 5):.3f}", say(clause, rng), say(change(clause, rng, places, count=changed), rng)
-
-
-def demo_mnli(rng, places):
-    """Entailed: something left out or vaguer; contradicted: negated; neutral: something else."""
-    clause, label = meaning(rng, places, negated=0.1), rng.choice(TASKS["mnli"].labels)
-    other = dict(clause)
-    if label == "entailment":
-        other |= {slot: None for slot in ("taste", "place") if rng.random() < 0.3}
-        other["vague"] = rng.random() < 0.2
-    elif label == "contradiction":
-        other["not"] = not clause["not"]
-    else:
-        other = change(clause, rng, places, ("person", "verb", "thing", "place"))
-    return label, say(clause, rng), say(other, rng)
-
-
-def demo_rte(rng, places):
-    """MNLI's, contradictions and neutral pairs as one class; with so few rows that MNLI's have to help."""
-    label, first, second = demo_mnli(rng, places)
-    return ENTAILMENT[label != "entailment"], first, second
-
-
-def demo_qnli(rng, places):
-    """A question, and a sentence that answers it or speaks of something else."""
-    clause, good, asked = meaning(rng, places), rng.random() < 0.5, rng.choice(list(ASKED))
-    clause["place"] = rng.choice(places)
-    slots = [slot for slot in ("person", "verb", "thing") if slot != ASKED[asked]]
-    other = clause if good else change(clause, rng, places, slots)
-    return ENTAILMENT[not good], say(clause, rng, asked), say(other, rng)
-
-
-MAKERS = {"cola": demo_cola, "sst2": demo_sst2, "mrpc": demo_paraphrase, "stsb": demo_stsb, "qqp": demo_qqp,
-          "mnli": demo_mnli, "qnli": demo_qnli, "rte": demo_rte}  # fmt: skip
-
-
-def demo_file(rng, task, split):
-    """The text of one file, in the official layout but for columns that nobody reads."""
-    test = split in dict(task.test)
-    size = DEMO_ROWS[task.name] if split == "train" else DEMO_TEST_ROWS if test else DEMO_DEV_ROWS
-    places = OTHER_PLACES if split in ("dev_mismatched", "MNLI-mm") else KNOWN_PLACES
-    columns = ("index", *task.text) if test else task.header or ("index", *task.text, task.label)
-    lines = [] if task.header and not test else ["\t".join(columns)]
-    for index in range(size):
-        label, *sentences = MAKERS[task.name](rng, places)
-        if task.labels and rng.random() < DEMO_NOISE:
-            label = rng.choice([other for other in task.labels if other != label])
-        fields = {"index": str(index), task.label: label, **dict(zip(task.text, sentences, strict=True))}
-        lines.append("\t".join(fields.get(column, "") for column in columns))
-    return "\n".join(lines) + "\n"
-
-
-def write_demo(root, vocab_file, seed=0):
-    """Write a small GLUE of generated English under `root`, and its vocabulary; returns the vocabulary's size."""
-    rng, beside = random.Random(seed), root.with_name(root.name + ".part")
-    for leftover in (beside, root):
-        shutil.rmtree(leftover, ignore_errors=True)
-    for task in [TASKS[name] for name in EIGHT]:
-        for split, file in task.files.items():
-            path = (beside / task.folder / file).resolve()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(demo_file(rng, task, split), "utf-8")
-    (beside / "WNLI").mkdir(exist_ok=True)
-    (beside / "WNLI" / "test.tsv").write_text("index\tsentence1\tsentence2\n0\tThe cook is old.\tIt is old.\n", "utf-8")
-    beside.replace(root)  # whole or not at all
-    return write_demo_vocab(root, vocab_file)
-
-
-def write_demo_vocab(root, vocab_file):
-    """A WordPiece vocabulary of the demo's words and letters; places are made of two pieces, so that new ones can be
-    read. Sorted by hand: `tokenizers`' trainer gives other ids each time."""
-    text = " ".join(path.read_text("utf-8") for path in sorted(root.glob("*/train.tsv"))).lower()
-    words = {piece for piece, _ in pre_tokenizers.BertPreTokenizer().pre_tokenize_str(text) if piece.isalpha()}
-    places = {place for (place,) in CONCEPTS["place"]}
-    pieces = {"nor", "wes", "green", "red", "oak", "##ton", "##field", "##wood"}
-    letters = {letter for letter in text if letter.isalpha()}
-    known = sorted(words - places | pieces | letters | {"##" + letter for letter in letters} | {".", "?"})
-    vocab_file.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *known]) + "\n", "utf-8")
-    return len(known) + 5

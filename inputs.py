@@ -1,0 +1,210 @@
+"""What bam.py is given: its flags, and the folders that they name, downloaded where they are missing, read and checked
+before anything is trained.
+
+    flags      parse_args, recipes
+    folders    data_folder, checkpoint_folder
+    contents   load_data, identity
+"""
+
+import argparse
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import glue_data
+from model import WEIGHTS, CheckpointError, load_pretrained, weight_files
+from runtime import UsageError, file_digest
+from wordpiece import Tokenizer
+
+DATA = "glue_data"
+CHECKPOINT_NAME = "google-bert/bert-base-uncased"
+
+# --------------------------------------------------------------------------------------------------------------- flags
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all others."""
+
+    def error(self, message):
+        raise UsageError(message)
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a number in a range."""
+
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
+        return value
+
+    convert.__name__ = "whole number" if kind is int else "number"
+    return convert
+
+
+def setting_values(entry):
+    """An argparse type for a field of Recipe: one value, or two with a comma, as (single, multi)."""
+    convert = number(int if entry.type is int else float, entry.metadata["low"], entry.metadata["high"])
+
+    def convert_both(text):
+        values = [None if word == "none" and entry.default is None else convert(word) for word in text.split(",")]
+        if len(values) > 2:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected one value, or single,multi")
+        return values[0], values[-1]
+
+    convert_both.__name__ = convert.__name__
+    return convert_both
+
+
+def parse_args(argv, description, defaults, regimes):
+    """The flags of bam.py. defaults: the recipes for one task and for several; regimes: {name: Regime}."""
+    parser = Parser("bam.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def regime_names(text):
+        names = list(regimes) if text == "all" else text.split(",")
+        for name in names:
+            if name not in regimes:
+                raise argparse.ArgumentTypeError(f"unknown regime {name!r}; known: all, {', '.join(regimes)}")
+        return names
+
+    add_training_flags(parser, regime_names, ", ".join(regimes))
+    add_machine_flags(parser)
+    add = parser.add_argument_group("recipe", "one value for both, or single,multi").add_argument
+    for entry in fields(defaults[0]):
+        values = [getattr(recipe, entry.name) for recipe in defaults]
+        shown = ",".join(dict.fromkeys("none" if value is None else f"{value:g}" for value in values))
+        why = f"{entry.metadata['why']} (default {shown})"
+        add("--" + entry.name.replace("_", "-"), type=setting_values(entry), metavar="X", help=why)
+    args = parser.parse_args(argv)
+    if args.demo and (args.data != DATA or args.checkpoint != CHECKPOINT_NAME):
+        parser.error("--demo makes its own data and checkpoint; --data and --checkpoint are for real ones")
+    args.out = args.out or f"runs/{'demo' if args.demo else args.task.replace(',', '-')}"
+    args.regime = args.regime or (["single-multi"] if len(glue_data.resolve(args.task)) > 1 else ["single"])
+    return args
+
+
+def add_training_flags(parser, regime_names, regimes):
+    """What is trained, and on which files."""
+    count = number(int, 1)
+    add = parser.add_argument_group("what is trained").add_argument
+    add("--task", default="all", help="all, or names with commas between: " + ", ".join(glue_data.TASKS))
+    rows = f"rows of the table: all, or {regimes} (default single-multi, or single for one task)"
+    add("--regime", type=regime_names, metavar="NAMES", help=rows)
+    add("--trials", type=count, default=1, metavar="N", help="seeds; reports median, spread and p-values (default 1)")
+    add("--teachers", type=count, default=1, metavar="N", help="seeds per teacher; outputs are averaged (default 1)")
+    add("--seed", type=int, default=0, metavar="N", help="from which every model derives its own (default 0)")
+    add("--limit", type=count, metavar="N", help="at most N examples of each training set, evenly spaced (default all)")
+    add("--table", nargs="+", type=Path, metavar="RUN", help="train nothing; one table over several run directories")
+    add = parser.add_argument_group("files").add_argument
+    add("--demo", action="store_true", help="generated data and a tiny BERT: no download, two minutes")
+    add("--data", default=DATA, help=f"the GLUE folder (default {DATA}, downloaded if missing)")
+    add("--download", action="store_true", help="download GLUE into a --data of another name too")
+    name = f"a folder, or a public checkpoint's name, ORG/NAME (default {CHECKPOINT_NAME})"
+    add("--checkpoint", default=CHECKPOINT_NAME, help=name)
+    add("--teacher-checkpoint", help="another one for the teachers: only their outputs reach the student")
+    add("--out", help="run directory; repeating the command resumes there (default runs/TASK)")
+
+
+def add_machine_flags(parser):
+    """Where it runs, and how often it saves."""
+    count = number(int, 1)
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="cuda, cpu, mps (default: cuda where there is one)")
+    precision = "default: bfloat16 where the device multiplies it natively"
+    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help=precision)
+    add("--no-compile", dest="compile", action="store_false", help="CUDA: do not compile the encoder")
+    add("--save-minutes", type=number(float, 0), default=5, metavar="X", help="between checkpoints (default 5)")
+    add("--save-steps", type=count, default=0, metavar="N", help="the same in steps, whichever comes first")
+    add("--evaluate-every", type=count, default=0, metavar="N", help="steps between dev scores in metrics.jsonl")
+    wait = "how long processes wait for each other, downloads by process 0 included (default 30)"
+    add("--wait-minutes", type=number(float, 0.1), default=30, metavar="X", help=wait)
+
+
+def recipes(args, defaults):
+    """The recipes for one task and for several: the defaults with what the flags override."""
+    given = {entry.name: getattr(args, entry.name) for entry in fields(defaults[0])}
+    single, multi = (
+        replace(recipe, **{name: values[position] for name, values in given.items() if values})
+        for position, recipe in enumerate(defaults)
+    )
+    if single.max_length != multi.max_length:
+        raise UsageError("--max-length: teachers and student read the same examples; expected one value")
+    return single, multi
+
+
+# ------------------------------------------------------------------------------------------------------------- folders
+
+
+def data_folder(args, run):
+    """The GLUE folder, downloaded where it is missing, unless its name may be a mistake."""
+    folder = Path(args.data)
+    begun = run.exists(folder / ".download")
+    if begun or not run.exists(folder):
+        if not begun and args.data != DATA and not args.download:
+            raise UsageError(f"--data: there is no folder {folder}; with --download GLUE is fetched into it")
+        run.write(download, "glue", str(folder))
+    return folder
+
+
+def checkpoint_folder(name, run):
+    """The folder of this name; or the one where the public checkpoint ORG/NAME is kept, downloaded if it is missing."""
+    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return Path(name)
+    folder = Path("checkpoints") / name
+    if not any(run.exists(folder / file) for file in WEIGHTS):
+        run.write(download, "checkpoint", name, str(folder))
+    return folder
+
+
+def download(*arguments):
+    """Run download_glue.sh, all the network code there is."""
+    script = Path(__file__).with_name("download_glue.sh")
+    if subprocess.run(["bash", str(script), *arguments], env={**os.environ, "PYTHON": sys.executable}).returncode:
+        raise UsageError(f"{script.name} {' '.join(arguments)} failed, as said above; --demo needs no download")
+
+
+# ------------------------------------------------------------------------------------------------------------ contents
+
+
+def load_data(run, tasks, folder, checkpoint, max_length, limit):
+    """{task: {split: Dataset}} of all files that are there, tokenized for the checkpoint, which is checked too."""
+    config = load_pretrained(checkpoint, {"": 1}, run.say).config
+    tokenizer = Tokenizer(checkpoint)
+    if tokenizer.size > config.vocab_size:
+        problem = f"a vocabulary of {tokenizer.size} tokens; expected {config.vocab_size}, as config.json says"
+        raise CheckpointError(f"{checkpoint}: {problem}")
+    if max_length > config.max_position_embeddings:
+        raise UsageError(f"--max-length: the checkpoint has {config.max_position_embeddings} positions")
+    run.say(f"reading {', '.join(task.folder for task in tasks)} from {folder}; tokenizer: {tokenizer.description}")
+    data = glue_data.load_glue(tasks, folder, tokenizer, max_length, limit, cache=run.folder / "tokens")
+    for task in tasks:
+        for split, dataset in data[task.name].items():
+            unknown = dataset.unknown_share(tokenizer.unk_id)
+            if unknown > 0.05:
+                run.say(f"warning: {unknown:.0%} of the tokens of {task.folder} {split} are [UNK]; is the tokenizer right?")
+    return data
+
+
+def identity(experiment, run, folder, limit):
+    """What decides the numbers (but for dropout's draws, which the number of processes decides too), so that models of
+    different runs never mix. Files by what they are, wherever they lie."""
+    files = {f"{t.folder}/{file}": folder / t.folder / file for t in experiment.tasks for file in t.files.values()}
+    for prefix, source in (("", experiment), ("teacher/", experiment.teachers)):
+        if source:
+            names = ["config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json"]
+            paths = [source.checkpoint / name for name in names] + weight_files(source.checkpoint)
+            files |= {prefix + path.name: path for path in paths}
+    return {
+        "tasks": [task.name for task in experiment.tasks],
+        "seed": experiment.seed,
+        "teachers": experiment.num_teachers,
+        "limit": limit,
+        "precision": "bfloat16" if run.bfloat16 else "float32",
+        "single": asdict(experiment.single),
+        "multi": asdict(experiment.multi),
+        "files": {name: file_digest(path) for name, path in files.items() if path.is_file()},
+    }

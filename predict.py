@@ -1,0 +1,164 @@
+"""A finished run at work: labels for one's own text, and models for Hugging Face.
+
+    python predict.py runs/all --task rte --text "A cat sat on the mat." --text2 "There was a cat."
+    python predict.py runs/all --task stsb pairs.tsv      # a prediction a line; - reads standard input
+    python predict.py runs/all --export FOLDER            # every task's model, and the encoder; --task for one
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import glue_data
+from bam import REGIMES, load_trained, predict
+from inputs import Parser
+from model import WEIGHTS, public_tensors, write_config, write_safetensors
+from runtime import Device, UsageError, command, read_json
+from wordpiece import Tokenizer
+
+
+def finished_models(run, tasks, regime=None):
+    """{task name: folder of its model} in a run directory: trial 1 of a regime or, without one, of the last regime of
+    the table that is there."""
+    folders = {}
+    for name in [regime] if regime else REGIMES:  # later ones replace earlier ones
+        for path in sorted((run / "trial-1" / name).glob("**/scores.json")):
+            folders |= dict.fromkeys(read_json(path), path.parent)
+    if not folders:
+        raise UsageError(f"{run}: no finished model there; expected the run directory of an earlier command")
+    for task in tasks:
+        if task.name not in folders:
+            raise UsageError(f"--task: no model of {task.name} in {run}; there are {', '.join(folders)}")
+    return {name: folder for name, folder in folders.items() if not tasks or name in [task.name for task in tasks]}
+
+
+def load_model(folder, task):
+    """(model, the task with the label words it was trained with, its tokenizer) of a finished model's folder."""
+    model = load_trained(folder, [task])
+    heads = read_json(folder / "config.json").get("heads", {})
+    return model, replace(task, labels=tuple(heads.get(task.name, task.labels))), Tokenizer(folder)
+
+
+def utf8(text):
+    """An argparse type: an argument whose bytes are UTF-8."""
+    return text.encode().decode()
+
+
+def own_text(args, task):
+    """The sentences that the command gives: (first, second or None)."""
+    if args.file:
+        try:
+            data = sys.stdin.buffer.read() if args.file == "-" and sys.stdin else Path(args.file).read_bytes()
+        except OSError as error:
+            raise UsageError(f"{args.file}: cannot be read ({error.strerror})") from error
+        return glue_data.read_sentences(task, data, args.file)
+    texts = [text for text in (args.text, args.text2) if text is not None]
+    if len(texts) != len(task.text):
+        raise UsageError(f"{task.name} takes --text{' and --text2' * (len(task.text) - 1)}, or a file")
+    return texts[:1], texts[1:] or None
+
+
+def label(args, task, folder):
+    """Print label and probability, or score, for each line of somebody's own text."""
+    first, second = own_text(args, task)
+    model, task, tokenizer = load_model(folder, task)
+    max_length = read_json(Path(args.run) / "config.json")["single"]["max_length"]
+    device = Device(args.device, args.precision)
+    dataset = glue_data.text_dataset(task, first, second, tokenizer, max_length)
+    logits = predict(model.to(device.device), dataset, task, device)  # (N, outputs)
+    print("prediction\tprobability" if task.labels else "prediction")
+    probabilities = torch.tensor(logits).softmax(-1).amax(-1)
+    for word, probability in zip(glue_data.answers(task, logits), probabilities, strict=True):
+        print(f"{word}\t{probability:.4f}" if task.labels else word)
+
+
+def public_head(encoder, weight, bias):
+    """One task's head, weight (k, H), under Hugging Face's names. ELECTRA's there has two layers with a GELU between
+    them, which give the same logits: the first is W and -W, the second the difference, as GELU(x) - GELU(-x) = x."""
+    if encoder == "bert":
+        return {"classifier.weight": weight, "classifier.bias": bias}
+    k, hidden = weight.shape
+    one = torch.eye(k)
+    dense = torch.zeros(hidden, hidden)
+    dense[: 2 * k] = torch.cat([weight, -weight])
+    out = torch.zeros(k, hidden)
+    out[:, : 2 * k] = torch.cat([one, -one], 1)
+    tensors = {"dense.weight": dense, "dense.bias": torch.zeros(hidden), "out_proj.weight": out, "out_proj.bias": bias}
+    return {f"classifier.{name}": tensor for name, tensor in tensors.items()}
+
+
+def export_encoder(model, folder):
+    """Write what Hugging Face's AutoModel loads."""
+    encoder = model.config.model_type
+    tensors = {name: tensor for name, tensor in public_tensors(model).items() if name.startswith(f"{encoder}.")}
+    write_config(model, folder, architectures=[f"{encoder.capitalize()}Model"])
+    write_safetensors(folder / WEIGHTS[0], tensors, {"format": "pt"})
+
+
+def export_task(model, folder, task):
+    """Write what Hugging Face's AutoModelForSequenceClassification loads; its logits are this model's."""
+    encoder = model.config.model_type
+    tensors = {name: tensor for name, tensor in public_tensors(model).items() if name.startswith(f"{encoder}.")}
+    columns = model.columns[task.name]
+    tensors |= public_head(encoder, model.head.weight[columns], model.head.bias[columns])
+    words = dict(enumerate(task.labels or ["score"]))
+    write_config(
+        model,
+        folder,
+        architectures=[f"{encoder.capitalize()}ForSequenceClassification"],
+        id2label=words,
+        label2id={word: index for index, word in words.items()},
+        problem_type="single_label_classification" if task.labels else "regression",
+    )
+    write_safetensors(folder / WEIGHTS[0], tensors, {"format": "pt"})
+
+
+def export(args, folders):
+    """Write each task's model, and the encoder that several tasks share, as folders that Hugging Face loads."""
+    max_length = read_json(Path(args.run) / "config.json")["single"]["max_length"]
+    written = set()  # the folders whose encoder is written
+    for name, source in folders.items():
+        model, task, tokenizer = load_model(source, glue_data.find_task(name))
+        shared = len(model.num_outputs) > 1 and not args.task and source not in written
+        written.add(source)
+        for target in [Path(args.export) / name] + [Path(args.export) / "encoder"] * shared:
+            target.mkdir(parents=True, exist_ok=True)
+            if target.name == name:
+                export_task(model, target, task)
+            else:
+                export_encoder(model, target)
+            tokenizer.save(target, max_length)
+            print(target)
+
+
+def main(argv=None):
+    """The command."""
+    parser = Parser("predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("run", metavar="RUN", help="run directory of an earlier bam.py")
+    add("file", metavar="FILE", nargs="?", help="a TSV of one's own: a line each, a tab between two sentences; or -")
+    add("--task", help="whose head predicts, or is exported (default for --export: all)")
+    add("--text", type=utf8, help="label one text, or with --text2 one pair")
+    add("--text2", type=utf8)
+    add("--export", metavar="FOLDER", help="write the encoder and each task's model for Hugging Face")
+    add("--regime", choices=REGIMES, metavar="NAME", help="whose models (default: the table's last that is finished)")
+    add("--device", default="auto", help="cuda, cpu, mps (default: cuda where there is one)")
+    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
+    args = parser.parse_intermixed_args(argv)  # FILE may come after --task
+    given = [args.file is not None, args.text is not None or args.text2 is not None, args.export is not None]
+    if sum(given) != 1:
+        parser.error("expected one of FILE, --text and --export")
+    tasks = glue_data.resolve(args.task) if args.task else []
+    folders = finished_models(Path(args.run), tasks, args.regime)
+    if args.export:
+        return export(args, folders)
+    if len(tasks) != 1:
+        raise UsageError(f"--task: expected one of {', '.join(folders)}")
+    label(args, tasks[0], folders[tasks[0].name])
+
+
+if __name__ == "__main__":
+    sys.exit(command("predict.py", main))

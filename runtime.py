@@ -1,0 +1,523 @@
+"""What keeps a long run alive: device, processes, run directory, checkpoints, progress, and how a command ends.
+
+    Device        where and how precisely to compute
+    Run           a device, a run directory, and the processes that share it
+    checkpoints   save_checkpoint, resume
+    Progress      metrics.jsonl, speed, gradients that are not finite
+    command       errors as one line, and the exit status
+
+Nothing here knows the paper: bam.py decides what is trained, and asks a Run to write, to wait, and to stop.
+"""
+
+import contextlib
+import ctypes
+import datetime
+import fcntl
+import functools
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from glue_data import DataError
+from model import CheckpointError, read_safetensors, whole, write_safetensors
+from ops import compiled
+
+CUDA_TOKENS = 8192  # tokens at once, in training and in predicting: what fills the device, and no more
+CPU_TOKENS = 2000
+MIN_TOKENS = 256  # a micro-batch is not halved below this where memory is short
+
+
+class UsageError(ValueError):
+    """A command that cannot be carried out as given."""
+
+
+class TrainingError(RuntimeError):
+    """Training that cannot go on."""
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def to_json(value):
+    """JSON text, a line a value."""
+    return json.dumps(value, indent=2) + "\n"
+
+
+def read_json(path):
+    """The value of a JSON file that an earlier command has written. Raises UsageError."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read ({error}); expected what an earlier command wrote") from error
+
+
+def write_whole(path, content):
+    """Write text, bytes or an array so that the file appears whole or not at all."""
+    with whole(path) as file:
+        if isinstance(content, np.ndarray):
+            np.save(file, content)
+        else:
+            file.write(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
+
+
+def file_digest(path):
+    """The sha256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flatten(tree, prefix=""):
+    """{dotted name: value} of nested dicts."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+# -------------------------------------------------------------------------------------------------------------- device
+
+
+class Device:
+    """Where and how precisely the model computes, in one process.
+
+    name: cuda, cpu, mps, or auto: cuda where there is one. precision: float32, bfloat16 (products in bfloat16; weights,
+    sums and statistics in float32), or auto: bfloat16 where the device multiplies it natively.
+    """
+
+    rank = 0
+    world = 1
+
+    def __init__(self, name="auto", precision="auto"):
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cuda" and self.world > 1:
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        try:
+            self.device = torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:
+            raise UsageError(f"--device: {name!r} cannot be used ({str(error).splitlines()[0]})") from error
+        self.bfloat16 = multiplies_bfloat16(self.device) if precision == "auto" else precision == "bfloat16"
+        self.tokens_at_once = CUDA_TOKENS if self.device.type == "cuda" else CPU_TOKENS
+        self.signals = []  # those that have asked to stop
+
+    def all_reduce(self, tensor):
+        """Sum the tensor over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+
+    def stop_if_asked(self):
+        """Raise KeyboardInterrupt where a signal has asked to stop."""
+        if self.signals:
+            raise KeyboardInterrupt
+
+    def say(self, line, live=False):
+        """Print a line."""
+        print(line)
+
+    def halve_micro_batches(self):
+        """Hold half as many tokens at once from here on: the device has run out of memory."""
+        if self.tokens_at_once < 2 * MIN_TOKENS:
+            raise torch.OutOfMemoryError(f"not even {self.tokens_at_once} tokens at once fit the device's memory")
+        self.tokens_at_once //= 2
+        self.say(f"out of memory: from here on {self.tokens_at_once} tokens at once; the gradient is the same")
+
+
+def within_memory(function):
+    """A decorator: whenever the device runs out of memory in function(model, ..., run=run), call it again, with
+    micro-batches of half the size."""
+
+    @functools.wraps(function)
+    def call(model, *args, run, **more):
+        while True:
+            try:
+                return function(model, *args, run=run, **more)
+            except torch.OutOfMemoryError:
+                pass  # and let go of the error, which holds on to the memory
+            run.halve_micro_batches()
+            model.zero_grad(set_to_none=False)
+
+    return call
+
+
+def multiplies_bfloat16(device):
+    """Whether the device multiplies bfloat16 natively. A processor that does not takes thirty times float32's time."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+    return device.type == "cpu" and not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
+
+
+def keep_freed_memory(most=2**31 - 1):
+    """Let glibc keep what a step frees, in blocks below 32 MB and up to `most` bytes, for the next step, rather than
+    have it mapped again page by page: a setting of the whole process, worth a seventh of a step's time on a CPU."""
+    trim_threshold = -1  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h
+    mmap_threshold = -3
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        glibc = ctypes.CDLL(None)
+        glibc.mallopt(mmap_threshold, 2**25)  # bytes; the most it takes
+        glibc.mallopt(trim_threshold, most)
+
+
+def processes():
+    """(rank, number of processes) by torchrun's variables, which count only together. Raises UsageError."""
+    given = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")}
+    if given["WORLD_SIZE"] in ("", "1"):
+        return 0, 1
+    for name, value in given.items():
+        if not value or name != "MASTER_ADDR" and not value.isdecimal():
+            problem = f"WORLD_SIZE is {given['WORLD_SIZE']}, and {name} is {value or 'not set'}"
+            raise UsageError(f"{problem}; expected all of torchrun's variables or none")
+    rank, world = int(given["RANK"]), int(given["WORLD_SIZE"])
+    if rank >= world:
+        raise UsageError(f"WORLD_SIZE is {world}, and RANK is {rank}; expected a smaller one")
+    return rank, world
+
+
+# ----------------------------------------------------------------------------------------------------------------- run
+
+
+class Run(Device):
+    """A run directory, and the processes that share it: rank 0 writes and speaks, and the others wait for it.
+
+    save_minutes and save_steps: between two checkpoints of a training, whichever comes first. compile: the encoder, on
+    CUDA. wait_minutes: how long processes wait for each other. evaluate_every: steps between dev scores, 0 for none.
+    """
+
+    def __init__(
+        self, folder, device="auto", precision="auto", save_minutes=5, save_steps=0, compile=True, wait_minutes=30,
+        evaluate_every=0,
+    ):  # fmt: skip
+        self.rank, self.world = processes()
+        super().__init__(device, precision)
+        self.folder = Path(folder)
+        self.save_seconds = save_minutes * 60
+        self.save_steps = save_steps
+        self.saved_at = time.monotonic()
+        self.compile = compile and self.device.type == "cuda"
+        self.evaluate_every = evaluate_every
+        self.live = self.rank == 0 and sys.stdout is not None and sys.stdout.isatty()
+        self.files = contextlib.ExitStack()
+        self.open_folder()
+        if self.world > 1:
+            self.join(wait_minutes)
+
+    def open_folder(self):
+        """Create the run directory, take its lock, and open its log."""
+        if self.rank:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = self.files.enter_context(open(self.folder / "lock", "a+", encoding="utf-8"))
+            self.log = self.files.enter_context(
+                open(self.folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace")
+            )
+        except OSError as error:
+            raise UsageError(f"{self.folder}: cannot be written ({error.strerror}); --out names another") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            raise UsageError(f"{self.folder}: another command is at work there ({lock.read().strip()})") from error
+        except OSError:  # a file system without locks
+            pass
+        lock.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=lock, flush=True)
+
+    def join(self, wait_minutes):
+        """Find the other processes."""
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        show(f"process {self.rank} waits at {where} for all {self.world}, {wait_minutes:g} minutes at most")
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=wait_minutes))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error, *_):
+        self.files.close()
+        if self.world > 1 and error is None:
+            dist.destroy_process_group()
+
+    def write(self, action, *args, **kwargs):
+        """Let rank 0 act, and the others wait."""
+        if self.rank == 0:
+            action(*args, **kwargs)
+        if self.world > 1:
+            dist.barrier()
+
+    def exists(self, path):
+        """Whether rank 0 finds the file: processes that ask at different moments must still act alike."""
+        found = torch.tensor(path.exists(), dtype=torch.int32, device=self.device)
+        if self.world > 1:
+            dist.broadcast(found, 0)
+        return bool(found)
+
+    def say(self, line, live=False):
+        """Print a line and log it. A live line is overwritten by the next, and not logged."""
+        if self.rank:
+            return
+        live = live and self.live
+        if not live:
+            print(line, file=self.log, flush=True)
+        elif self.live:  # a line that wraps could not be overwritten
+            line = line[: shutil.get_terminal_size().columns - 1]
+        show(("\r\033[K" if self.live else "") + line, end="" if live else "\n")
+
+    def claim(self, identity):
+        """Write config.json; or, where it is there, refuse to go on with settings, data or weights other than its."""
+        path = self.folder / "config.json"
+        if not self.exists(path):
+            self.write(write_whole, path, to_json(identity))
+        old = flatten(read_json(path))
+        new = flatten(identity)
+        differences = [
+            f"  {name}: {old.get(name, 'nothing')!r} there, {new.get(name, 'nothing')!r} here"
+            for name in {**old, **new}
+            if old.get(name, "nothing") != new.get(name, "nothing")
+        ]
+        if differences:
+            problem = f"{path}: this folder holds another run; name a new one with --out"
+            raise UsageError("\n".join([problem, *differences]))
+
+    def catch_signals(self):
+        """Stop at the next step, with everything saved, on the signals that terminals and schedulers send."""
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, for one
+                signal.signal(number, self.ask_to_stop)
+
+    def ask_to_stop(self, number, _):
+        """Note the signal; a second Ctrl-C, not one that torchrun repeats within a second, stops at once."""
+        now = time.monotonic()
+        if number == signal.SIGINT and self.signals and now - self.asked_at > 1:
+            raise KeyboardInterrupt
+        self.asked_at = now
+        self.signals.append(number)
+
+    def time_to_save(self, step):
+        """Whether minutes or steps have passed, or a signal has asked to stop; the same answer in every process."""
+        on_time = time.monotonic() - self.saved_at > self.save_seconds
+        on_step = self.save_steps and (step + 1) % self.save_steps == 0
+        code = 2 if self.signals else int(bool(on_time or on_step))
+        if self.world > 1:
+            seldom = self.device.type == "cuda" and step % Progress.EVERY  # agreeing makes the host wait for the device
+            if seldom and not on_step:
+                return False
+            agreed = torch.tensor(code, device=self.device)
+            dist.all_reduce(agreed, dist.ReduceOp.MAX)
+            code = int(agreed)
+        if code == 2 and not self.signals:  # another process was asked
+            self.signals.append(signal.SIGTERM)
+        if code:
+            self.saved_at = time.monotonic()
+        return code > 0
+
+    def rehearse(self, model, attempt):
+        """Compile the model's encoder in `attempt`, a forward and backward pass of a full micro-batch. Where that fails
+        (no compiler, an old card, an unwritable cache), say so in one line, and leave the model uncompiled."""
+        if not self.compile:
+            return
+        self.say("compiling the encoder takes about a minute, the first time")
+        model.compiled = compiled(type(model).pooled_output)
+        try:
+            torch.compiler.set_stance("default")
+            attempt()
+            torch.compiler.set_stance("eager_on_recompile")  # an unforeseen shape costs time, and ends nothing
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # compilers raise whatever they meet
+            self.compile = False
+            model.compiled = None
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            self.say(f"cannot compile ({reason}): continuing uncompiled")
+        model.zero_grad(set_to_none=False)
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+CHECKPOINT = "training.safetensors"
+
+
+def previous(path):
+    """Where the checkpoint before the last one lies."""
+    return path.with_name("previous-" + path.name)
+
+
+def save_checkpoint(path, tensors):
+    """Write a checkpoint; the one before it stays."""
+    if path.exists():
+        path.replace(previous(path))
+    write_safetensors(path, tensors)
+
+
+def resume(run, path, state):
+    """Restore {name: tensor} in place from the latest checkpoint, and return its step, or 0 where there is none. One
+    that is damaged, or of another training, is named, and the one before it used."""
+    present = [candidate for candidate in (path, previous(path)) if run.exists(candidate)]
+    for candidate in present:
+        try:
+            saved = read_safetensors(candidate)
+            same_shapes = {n: t.shape for n, t in saved.items()} == {n: t.shape for n, t in state.items()}
+            if not same_shapes or not torch.equal(saved["steps"][1:], state["steps"][1:]):
+                raise CheckpointError(f"{candidate}: is of another training")
+        except CheckpointError as error:
+            run.say(f"{error}; going back to the one before it")
+            continue
+        for name, tensor in state.items():
+            tensor.copy_(saved[name])
+        return int(state["steps"][0])
+    if present:
+        run.say(f"{path}: no checkpoint can be used; the training of this model starts again")
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------------ progress
+
+
+class Progress:
+    """How far a training is: metrics.jsonl, the same bits however often the run was interrupted; and for people a live
+    line on a terminal, or a plain line now and then in a log, with speed and time left.
+
+    lengths (num_steps,): tokens of each step; describe(step): the files and lines of its examples, for an error.
+    """
+
+    EVERY = 20  # steps; reading a number makes the host wait for the device
+
+    def __init__(self, run, folder, start, batch_size, lengths, describe):
+        self.run = run
+        self.start = start
+        self.batch_size = batch_size
+        self.lengths = lengths
+        self.describe = describe
+        self.num_steps = len(lengths)
+        self.unchecked = []  # (step, gradient norm, learning rate)
+        self.name = folder.name if folder == run.folder else folder.relative_to(run.folder)
+        self.began = time.monotonic()
+        self.shown = self.began
+        self.metrics = open(folder / "metrics.jsonl" if run.rank == 0 else os.devnull, "a+b")
+        self.metrics.seek(0)
+        kept = [line for line in self.metrics if start and line.endswith(b"\n") and self.precedes(line)]
+        if run.rank == 0:
+            self.metrics.close()
+            write_whole(folder / "metrics.jsonl", b"".join(kept))
+            self.metrics = open(folder / "metrics.jsonl", "ab")
+
+    def precedes(self, line):
+        """Whether a line of metrics.jsonl is from before the checkpoint: a `dev` line counts finished steps."""
+        try:
+            entry = json.loads(line)
+            return entry["step"] < self.start + ("dev" in entry)
+        except (ValueError, KeyError, TypeError) as error:
+            damage = f"is damaged, at {line[:40]!r}; delete it to resume without it"
+            raise UsageError(f"{self.metrics.name}: {damage}") from error
+
+    def after(self, step, loss, norm, rate, gold_weight):
+        """Note a step: its summed loss and its gradient's norm (tensors), its learning rate and λ."""
+        self.unchecked.append((step, norm, rate))
+        last = step + 1 == self.num_steps
+        log = step % self.EVERY == 0 or last
+        if log or norm.device.type == "cpu":
+            self.check()
+        if not log:
+            return
+        self.run.all_reduce(loss)
+        values = {"step": step, "loss": loss.item() / self.batch_size, "gradient_norm": norm.item()}
+        values |= {"learning_rate": rate, "gold_weight": gold_weight}
+        self.write(values)
+        now = time.monotonic()
+        if now - self.shown >= (0.2 if self.run.live else 30) or last:
+            self.shown = now
+            self.show(values, now - self.began)
+
+    def write(self, values):
+        """A line of metrics.jsonl."""
+        self.metrics.write(json.dumps(values).encode() + b"\n")
+        self.metrics.flush()
+
+    def check(self):
+        """Raise TrainingError if a gradient since the last check was not finite."""
+        steps = self.unchecked
+        self.unchecked = []
+        norms = torch.stack([norm for _, norm, _ in steps]).tolist() if steps else []
+        for (step, _, rate), norm in zip(steps, norms, strict=True):
+            if not math.isfinite(norm):
+                problem = f"{self.name}, step {step}: the gradient's norm is {norm}, at learning rate {rate:.1e}"
+                raise TrainingError(f"{problem}; nothing of it was saved. Its examples: {self.describe(step)}")
+
+    def sync(self):
+        """Before a checkpoint: nothing bad gets into it, and metrics.jsonl on the disk reaches as far."""
+        self.check()
+        if self.run.rank == 0:
+            os.fsync(self.metrics.fileno())
+
+    def show(self, values, seconds):
+        """Print how far training is."""
+        done = values["step"] + 1
+        left = seconds / (done - self.start) * (self.num_steps - done)
+        examples = (done - self.start) * self.batch_size
+        tokens = self.lengths[self.start : done].sum()
+        self.run.say(
+            f"{self.name}  step {done}/{self.num_steps}  loss {values['loss']:.3f}  lr {values['learning_rate']:.1e}  "
+            f"λ {values['gold_weight']:.2f}  {examples / seconds:.0f} ex/s  {tokens / seconds:.0f} tok/s  "
+            f"{left / 60:.0f} min left",
+            live=done < self.num_steps,
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+def show(text, end="\n", file=None):
+    """Print, as far as anybody reads: output that cannot be written ends nothing."""
+    stream = file or sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"  # which may lack λ
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, file=stream, flush=True)
+    except (OSError, ValueError):  # the reader or the terminal is gone, or the stream closed
+        with contextlib.suppress(OSError, ValueError):  # so that Python's last flush does not fail either
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def command(name, main, argv=None):
+    """Call main(argv) with errors as one line on standard error; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # closed, or somebody's own
+            stream.reconfigure(errors="backslashreplace")  # λ in an encoding that lacks it
+    resumes = "; the same command resumes from the last checkpoint" if name == "bam.py" else ""
+    try:
+        main(argv)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return 0
+    except (UsageError, DataError, CheckpointError) as error:
+        status, message = 2, f"error: {error}"
+    except BrokenPipeError:  # of predict.py | head
+        show("", end="")
+        status, message = 1, ""
+    except (TrainingError, OSError, torch.OutOfMemoryError) as error:  # OSError: a full disk
+        status, message = 1, f"error: {error}{resumes}"
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):  # gloo's has no class of its own
+            raise
+        status, message = 1, "error: another process was lost, whose own message says why, or did not come in time"
+    except KeyboardInterrupt:
+        status, message = 130, f"interrupted{resumes}"
+    if message and sys.stderr is not None:
+        show(f"{name}: {message}", file=sys.stderr)
+    return status
