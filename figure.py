@@ -1,398 +1,300 @@
-"""A picture of a run directory: dev scores, training curves, and the two schedules behind them. Or of a benchmark.
+"""A picture of run directories: dev scores, teacher annealing, losses and schedules. Or a picture of a benchmark.
+It needs the standard library alone and draws what the files hold so far, so a run can be drawn while it trains.
 
-    python figure.py runs/all        # writes runs/all/figure.svg, as bam.py does at the end of a run
-    python figure.py speed.jsonl     # writes speed.svg from bench_bam.py's --json
-
-Standard library alone, and from the files alone: any run can be drawn, on any machine, also one that still goes on.
+    python figure.py runs/all                     # writes runs/all/figure.svg, as bam.py does at the end of a run
+    python figure.py runs/seed-0 runs/seed-1000   # pools the trials of one experiment, in runs/seed-0/figure.svg
+    python figure.py speed.jsonl                  # writes speed.svg from what bench_bam.py --json wrote
 """
 
+import argparse
 import json
 import math
-import sys
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from html import escape
 from pathlib import Path
-from statistics import mean, median
+from statistics import fmean, median
 
-# Names and order as in glue_data.TASKS and bam.ROWS; a test holds them together.
+# Names and order as in glue_data.TASKS and bam.REGIMES; a test compares them.
 TASKS = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "qqp": "QQP", "mnli": "MNLI",
          "qnli": "QNLI", "rte": "RTE", "wnli": "WNLI"}  # fmt: skip
-REGIMES = {"single-teacher": "Single, teacher", "multi-teacher": "Multi, teacher", "single": "Single", "multi": "Multi",
-           "single-single": "Single→Single", "multi-multi": "Multi→Multi", "single-multi": "Single→Multi"}  # fmt: skip
-# Okabe and Ito's colours for colour-blind readers, and a grey; they stand out from white and from near-black.
+REGIMES = {"single": "Single", "multi": "Multi", "single-single": "Single→Single", "multi-multi": "Multi→Multi",
+           "single-multi": "Single→Multi", "single-multi-single": "Single→Multi→Single",
+           "single-multi-single-multi": "Single→Multi→Single→Multi"}  # fmt: skip
+# With --teacher-checkpoint the teachers are other models, in folders of their own.
+LABELS = {f"{name}-teacher": f"{label}, teacher" for name, label in REGIMES.items()} | REGIMES
+# A grey and the colours that Okabe and Ito chose for colour-blind readers; all are visible on white and on near-black.
+COLOURS = "#7d8590", "#0072b2", "#009e73", "#cc79a7", "#d55e00", "#e69f00", "#56b4e9"
 STYLE = """
 svg { font: 12px -apple-system, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; color: #1f2328; }
-text { fill: currentColor; }  .page { fill: #ffffff; }
+text { fill: currentColor; }  .page { fill: #ffffff; rx: 6px; }  [class*="-teacher"] { opacity: 0.55; }
 @media (prefers-color-scheme: dark) { svg { color: #e6edf3; }  .page { fill: #0d1117; } }
 .h1 { font-size: 22px; font-weight: 600; }  .h2 { font-size: 16px; font-weight: 600; }  .strong { font-weight: 700; }
 .muted { fill-opacity: 0.7; font-weight: 400; }  .middle { text-anchor: middle; }  .end { text-anchor: end; }
 .rule { stroke: currentColor; stroke-opacity: 0.16; }  circle { fill: currentColor; fill-opacity: 0.75; }
 path { fill: none; stroke: currentColor; stroke-width: 1.5; stroke-linecap: round; stroke-linejoin: round; }
-.single-teacher { color: #e69f00; }  .multi-teacher { color: #56b4e9; }
-.single { color: #7d8590; }  .multi { color: #0072b2; }
-.single-single { color: #009e73; }
-.multi-multi { color: #cc79a7; }  .single-multi { color: #d55e00; }
+.level { stroke-dasharray: 4 4; }  .area { fill: currentColor; fill-opacity: 0.12; stroke: none; }
 rect { fill: currentColor; }  .hf_default { color: #7d8590; }  .hf_best { color: #0072b2; }  .ours { color: #d55e00; }
-"""
-WIDTH, EDGE, LEFT, PLOT, PITCH, COLUMNS = 900, 24, 164, 184, 243, 3  # px; the regimes' names are left of LEFT
-ROW, TALL = 18, 90  # px; a regime's row of dots, and the height of a plot of curves
-PARTS = 40  # parts of training; a curve of losses has at most one point in each
+""" + "".join(f".{regime}, .{regime}-teacher {{ color: {colour}; }}\n" for regime, colour in zip(REGIMES, COLOURS))
+WIDTH, EDGE, LEFT, PLOT, PITCH, COLUMNS = 908, 24, 226, 168, 226, 3  # px; the regimes' names are left of LEFT
+VARIANTS = {"ours": "bam.py", "hf_best": "Hugging Face at its best", "hf_default": "run_glue's default"}
+LINE, TALL, START, FULL = 18, 90, 254, 420  # px: a line of dots, a plot of curves; where bars start, a whole bar
+# The marks of a legend: of a regime's dots, of its curve, and of the level that it reached.
+DOT, CURVE, LEVEL = '<circle r="3.5"/>\n', '<path d="M-4,0L8,0"/>\n', '<path d="M-8,0L12,0" class="level"/>\n'
+
+# task: "" for a model of all tasks. training: [{"step", "loss", ...}]. dev: {finished steps: {task: percent}}.
+# scores: {task: (metric, percent)}, the final dev scores in the paper's metric; {} while training goes on.
+Stage = namedtuple("Stage", "trial regime task training dev scores num_steps")
 
 
-class FigureError(ValueError):
-    """A folder that cannot be drawn."""
-
-
-# ------------------------------------------------------------------------------------------------------------- reading
-
-Stage = namedtuple("Stage", "trial regime task log scores")  # task: "" for a model of all; scores: {} while unfinished
-
-
-def read(folder):
-    """config.json, or {}, and every Stage that has logged or scored something, regimes in the table's order."""
+def read_run(folder):
+    """(config.json or {}, a Stage for each folder of the run that holds a log or scores)."""
     stages = []
-    for regime in REGIMES:
-        for trial in sorted(folder.glob(f"trial-*/{regime}"), key=lambda path: (len(str(path)), path)):
-            for path in (trial, *sorted(trial.glob("*/"))):
-                log = path / "metrics.jsonl"
-                lines = log.read_bytes().split(b"\n")[:-1] if log.exists() else []  # the last may be half written
-                entries = [parse(line, f"{log}, line {number}", entry_of) for number, line in enumerate(lines, 1)]
-                if any(a["step"] >= b["step"] for a, b in zip(entries, entries[1:], strict=False)):
-                    raise FigureError(f"{log}: its steps are not in order")
-                task, scores = "" if path == trial else path.name, read_json(path / "scores.json", known_scores)
-                stages.append(Stage(trial.parent.name, regime, task, entries, scores))
-    return read_json(folder / "config.json", known_config), [stage for stage in stages if stage.log or stage.scores]
+    for path in sorted(folder.glob("trial-*/*/**/")):
+        trial, regime, *task = path.relative_to(folder).parts
+        log = path / "metrics.jsonl"
+        lines = log.read_bytes().split(b"\n")[:-1] if log.exists() else []  # the last line may be half written
+        entries = [parse(line, f"{log}, line {number}") for number, line in enumerate(lines, 1)]
+        training = [entry for entry in entries if "loss" in entry]
+        dev = {entry["step"]: entry["dev"] for entry in entries if "dev" in entry}
+        scores = {name: next(iter(splits["dev"].items())) for name, splits in read_json(path / "scores.json").items()}
+        num_steps = training[-1]["step"] + 1 if training else 1
+        if dev and scores:
+            dev[num_steps] = {name: percent for name, (_, percent) in scores.items()}
+        if regime in LABELS and (training or scores):
+            stages.append(Stage((folder, trial), regime, "".join(task), training, dev, scores, num_steps))
+    if not stages:
+        raise ValueError(f"{folder}: no trial-*/REGIME/metrics.jsonl or scores.json; expected bam.py's run directory")
+    return read_json(folder / "config.json"), stages
 
 
-def read_json(path, check):
-    return parse(path.read_bytes(), path, check) if path.exists() else {}
+def read_json(path):
+    return parse(path.read_bytes(), path) if path.exists() else {}
 
 
-def parse(content, place, check):
-    """JSON, passed through `check`, which raises where it is not what bam.py writes."""
+def parse(content, source):
     try:
-        if len(content) > 2**20:
-            raise ValueError("longer than a megabyte")
-        return check(json.loads(content))
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError) as error:
-        raise FigureError(f"{place}: cannot be drawn ({error!r}); expected what bam.py writes") from None
-
-
-def number(value, low, high):
-    if type(value) not in (int, float) or not low <= value <= high:
-        raise ValueError(f"{value!r} is not from {low} to {high}")
-    return value
-
-
-def entry_of(line):
-    return {name: number(line[name], 0, 1e38) for name in ("step", "loss", "learning_rate", "gold_weight")}
-
-
-def known_scores(scores):
-    """Each task's first dev metric, the paper's, is percent; null where undefined, as a correlation with a constant."""
-    for splits in scores.values():
-        metric, value = next(iter(splits["dev"].items()))
-        number(0 if value is None else value, -101, 101)
-    return scores
-
-
-def known_config(config):
-    for recipe in (config.get("single", {}), config.get("multi", {})):
-        for name in ("learning_rate", "warmup"):
-            number(recipe.get(name, 0), 0, 1e9)
-    if not all(isinstance(task, str) for task in config.get("tasks", [])):
-        raise ValueError(f"tasks {config['tasks']!r}")
-    return config
+        return dict(json.loads(content))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{source}: {error}; expected a JSON object, as bam.py or bench_bam.py writes it") from None
 
 
 def scores_of(stages, tasks):
-    """{task: {regime: [percent of each trial]}}, the paper's metric; under "" the average, taken within each trial."""
-    trials = {}
+    """{task: {regime: [percent of each trial]}}; under "" the average over the tasks, taken within each trial."""
+    trials = defaultdict(dict)
     for stage in stages:
-        for task, splits in stage.scores.items():
-            value = next(iter(splits["dev"].values()))
-            if value is not None:  # null: undefined, as a correlation with a constant
-                trials.setdefault((stage.regime, stage.trial), {})[task] = value
-    scores = {task: {} for task in ("", *tasks)}
-    for (regime, _), values in trials.items():
-        if len(tasks) > 1 and all(task in values for task in tasks):
-            values[""] = mean(values[task] for task in tasks)
-        for task in scores:
-            if task in values:
-                scores[task].setdefault(regime, []).append(values[task])
+        known = {task: percent for task, (_, percent) in stage.scores.items() if percent is not None}
+        trials[stage.regime, stage.trial].update(known)
+    scores = {task: defaultdict(list) for task in ("", *tasks)}
+    for (regime, _), percents in trials.items():
+        if len(percents) == len(tasks) > 1:
+            percents[""] = fmean(percents.values())
+        for task in scores.keys() & percents.keys():
+            scores[task][regime].append(percents[task])
     return scores
 
 
-def curve(stage, config, name, unit=1):
-    """[(part of training done, value)] of a logged quantity. The log of an unfinished stage does not say how long it
-    will be, but its learning rate does: it rises from 0 over the warm-up, then falls, to reach 0 at the end."""
-    recipe, last, done = config.get("single" if stage.task else "multi", {}), stage.log[-1], 0
-    if recipe.get("learning_rate") and not stage.scores:
-        rate = last["learning_rate"] / recipe["learning_rate"]
-        rising = last["learning_rate"] > stage.log[-2:][0]["learning_rate"]
-        done = min(1, rate * recipe["warmup"] if rising else 1 - rate)
-    num_steps = last["step"] / done if last["step"] and done > 0 else last["step"] + 1
-    return [(entry["step"] / num_steps, entry[name] * unit) for entry in stage.log]
+def curve(stage, name):
+    """[(fraction of training done, value)] of a logged quantity: at most 50 points, the means of neighbouring ones."""
+    points = [(entry["step"] / stage.num_steps, entry[name]) for entry in stage.training]
+    size = len(points) // 50 + 1
+    neighbours = [points[start : start + size] for start in range(0, len(points), size)]
+    return [tuple(map(fmean, zip(*near, strict=True))) for near in neighbours]
 
 
-def smooth(points):
-    """A point for each of PARTS: the mean over it and both neighbours, 3 / PARTS of training."""
-    parts = [[] for _ in range(PARTS)]
-    for x, y in points:
-        parts[min(int(x * PARTS), PARTS - 1)].append((x, y))
-    smoothed = []
-    for place, part in enumerate(parts):
-        near = sum(parts[max(0, place - 1) : place + 2], [])
-        if part:
-            smoothed.append((mean(x for x, _ in part), mean(y for _, y in near)))
-    return smoothed
+def dev_curve(stages, task):
+    """[(fraction of training done, percent)]: dev scores of one regime while it trained, medians over its trials."""
+    trials = defaultdict(list)
+    for stage in stages:
+        for step, percents in stage.dev.items():
+            if percents.get(task) is not None:
+                trials[step / stage.num_steps].append(percents[task])
+    return [(x, median(percents)) for x, percents in sorted(trials.items())]
 
 
 # ------------------------------------------------------------------------------------------------------------- drawing
 
 
-def safe(content):
-    """Text for XML, which cannot hold the control characters and lone surrogates that a folder's name can."""
-    return escape("".join(letter if letter.isprintable() else "�" for letter in str(content)))
-
-
 def text(x, y, content, style="", unit=""):
-    unit = f'<tspan class="muted" dx="5">{safe(unit)}</tspan>' if unit else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" class="{style}">{safe(content)}{unit}</text>\n'
+    unit = f'<tspan class="muted" dx="5">{escape(unit)}</tspan>' if unit else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" class="{style}">{escape(content)}{unit}</text>\n'
 
 
-def rule(x1, y1, x2, y2):
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="rule"/>\n'
-
-
-def path(points):
+def path(points, style=""):
     """A line through points; the last is named twice, so that a line of one point is a dot."""
-    return '<path d="M' + "L".join(f"{x:.1f},{y:.1f}" for x, y in [*points, points[-1]]) + '"/>\n'
+    line = "L".join(f"{x:.1f},{y:.1f}" for x, y in [*points, *points[-1:]])
+    return f'<path d="M{line}" class="{style}"/>\n' if line else ""
 
 
 def group(content, x=0.0, y=0.0, style=""):
     return f'<g class="{style}" transform="translate({x:.1f},{y:.1f})">\n{content}</g>\n'
 
 
-DOT, DASH = '<circle r="3.5"/>\n', path([(-4, 0), (6, 0)])  # what stands before a regime's name
+def axis(values, from_zero):
+    """(low, high, at most five round numbers from low to high): percent from at least 2 of them, or all from 0 on."""
+    low, high = min(values, default=0), max(values, default=0)
+    margin = max(0.05 * (high - low), 1 - (high - low) / 2)  # a small difference should look small
+    low, high = (0, 1.05 * high or 1) if from_zero else (low - margin, high + margin)
+    power = 10.0 ** math.floor(math.log10((high - low) / 4))
+    step = next(times * power for times in (1, 2, 5, 10) if high - low <= 4 * times * power)
+    return low, high, [step * index for index in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def ticks(low, high, at_most):
-    """The round numbers from low to high: multiples of 1, 2 or 5 times a power of ten."""
-    power = 10.0 ** math.floor(math.log10((high - low) / at_most))
-    for step in (power, 2 * power, 5 * power, 10 * power):
-        numbers = range(math.ceil(low / step), math.floor(high / step) + 1)
-        if len(numbers) <= at_most:
-            return [number * step for number in numbers]
-
-
-def dots(rows, regimes):
-    """A row for each regime, {regime: [percent of each trial]}, and its median in figures."""
-    known = sum(rows.values(), []) or [0]  # nothing: all undefined
-    half = max(1, 0.55 * (max(known) - min(known)))  # at least 2 percent: a small difference should look small
-    low, height = (max(known) + min(known)) / 2 - half, ROW * len(regimes)
-    medians = {regime: f"{median(values):.1f}" for regime, values in rows.items()}
+def dots(percents, regimes):
+    """A line for each regime, {regime: [percent of each trial]}: its trials as dots, their median also in figures."""
+    low, high, ticks = axis(sum(percents.values(), []), from_zero=False)
+    medians = {regime: f"{median(values):.1f}" for regime, values in percents.items()}
     best = max(medians.values(), key=float) if len(medians) > 1 else None
     drawing = ""
-    for tick in ticks(low, low + 2 * half, 4):
-        x = PLOT * (tick - low) / (2 * half)
-        drawing += rule(x, 0, x, height) + text(x, height + 15, f"{tick:g}", "muted middle")
-    for place, regime in enumerate(regimes):
-        y, xs = ROW * (place + 0.5), [PLOT * (value - low) / (2 * half) for value in rows.get(regime, [])]
+    for tick in ticks:
+        x = PLOT * (tick - low) / (high - low)
+        drawing += path([(x, 0), (x, LINE * len(regimes))], "rule")
+        drawing += text(x, LINE * len(regimes) + 15, f"{tick:g}", "muted middle")
+    for index, regime in enumerate(regimes):
+        xs = [PLOT * (value - low) / (high - low) for value in percents.get(regime, [])]
+        trials = "".join(group(DOT, x) for x in xs)
+        if len(xs) > 1:
+            trials += path([(min(xs), 0), (max(xs), 0)]) + path([(median(xs), -7), (median(xs), 7)])
         printed = medians.get(regime, "–")
-        drawing += rule(0, y, PLOT, y) + text(PLOT + 36, y + 4, printed, "end strong" if printed == best else "end")
-        drawing += group(spread(xs), 0, y, regime)
+        printed = text(PLOT + 36, 4, printed, "end strong" if printed == best else "end")
+        line = path([(0, 0), (PLOT, 0)], "rule") + group(trials, style=regime)
+        drawing += group(line + printed, 0, LINE * (index + 0.5))
     return drawing
 
 
-def spread(xs):
-    """A dot for each trial, and for several a line from the lowest to the highest and a tick at the median."""
-    drawing = "".join(group(DOT, x) for x in xs)
-    if len(xs) > 1:
-        drawing += path([(min(xs), 0), (max(xs), 0)]) + path([(median(xs), -7), (median(xs), 7)])
+def curves(lines, from_zero=True):
+    """Lines [(style, [(fraction of training done, value)])]."""
+    low, high, ticks = axis([y for _, points in lines for _, y in points], from_zero)
+    drawing = path([(0, 0), (0, TALL)], "rule") + path([(PLOT, 0), (PLOT, TALL)], "rule")
+    drawing += text(0, TALL + 15, "step 0", "muted") + text(PLOT, TALL + 15, "last step", "muted end")
+    for tick in ticks:
+        y = TALL * (high - tick) / (high - low)
+        drawing += path([(0, y), (PLOT, y)], "rule") + text(-8, y + 4, f"{tick:g}".replace("e-0", "e-"), "muted end")
+    for style, points in lines:
+        drawing += path([(PLOT * x, TALL * (high - y) / (high - low)) for x, y in points], style)
     return drawing
-
-
-def curves(lines):
-    """Lines [(regime, [(part of training done, value)])] over an axis from 0 to their highest point."""
-    top = 1.05 * max(y for _, points in lines for _, y in points) or 1
-    drawing = rule(0, 0, 0, TALL) + rule(PLOT, 0, PLOT, TALL)
-    drawing += text(0, TALL + 15, "0 %", "muted middle") + text(PLOT, TALL + 15, "100 % of training", "muted end")
-    for tick in ticks(0, top, 5):
-        y = TALL * (1 - tick / top)
-        drawing += rule(0, y, PLOT, y) + text(-8, y + 4, f"{tick:g}", "muted end")
-    for regime, points in lines:
-        drawing += group(path([(PLOT * x, TALL * (1 - y / top)) for x, y in points]), style=regime)
-    return drawing
-
-
-# ------------------------------------------------------------------------------------------------------------ sections
-
-
-def section(title, note, regimes, panels, height, mark):
-    """A heading, under it panels [(title, unit, drawing)], left of them the regimes' names: (drawing, its height)."""
-    drawing, pitch = text(EDGE, 16, title, "h2") + text(EDGE, 37, note, "muted"), height + 62
-    for place, (name, unit, content) in enumerate(panels):
-        x, y = LEFT + PITCH * (place % COLUMNS), 80 + pitch * (place // COLUMNS)
-        drawing += group(text(0, -12, name, "strong", unit) + content, x, y)
-        if place == 0 or (place % COLUMNS == 0 and mark == DOT):
-            for line, regime in enumerate(regimes):
-                drawing += group(mark, EDGE + 4, y + ROW * (line + 0.5), regime)
-                drawing += text(EDGE + 18, y + ROW * (line + 0.5) + 4, REGIMES[regime])
-    return drawing, 62 + pitch * math.ceil(len(panels) / COLUMNS)
 
 
 def score_section(stages, tasks):
-    """Dots: a panel for the average and one for each task, the same rows in each."""
+    """Dots: a panel for the average and one for each task, with the same regimes in each."""
+    legend = {stage.regime: DOT for stage in stages if stage.scores}
+    units = {task: metric for stage in stages for task, (metric, _) in stage.scores.items()}
+    panels = []
+    for task, percents in scores_of(stages, tasks).items():
+        if percents or task in units:
+            unit = units.get(task, f"of {len(tasks)} tasks")
+            panels.append((TASKS.get(task, task) or "Average", unit, dots(percents, legend)))
+    note = "Percent; the best is bold. A dot is a trial; the tick and the figure are the median."
+    return "Scores on the dev sets", note, legend, panels, LINE * len(legend)
+
+
+def annealing_section(stages, tasks, student):
+    """Curves: a student's dev scores while it trained, against the final scores of its teachers."""
     scores = scores_of(stages, tasks)
-    metrics = {task: next(iter(splits["dev"])) for stage in stages for task, splits in stage.scores.items()}
-    regimes = list(dict.fromkeys(stage.regime for stage in stages))
+    name = student.removesuffix("-teacher").rpartition("-")[0]
+    teacher = f"{name}-teacher" if any(stage.regime == f"{name}-teacher" for stage in stages) else name
+    taught = [stage for stage in stages if stage.regime == student and stage.dev]
+    weights = [(PLOT * x, TALL * (1 - y)) for x, y in curve(taught[0], "gold_weight")]
+    area = path([(0, TALL), *weights, (weights[-1][0], TALL)], "area") + text(PLOT - 14, TALL - 6, "λ", "muted")
     panels = []
-    for task, rows in scores.items():
-        if rows or task in metrics:
-            unit = metrics.get(task, f"of {len(tasks)} tasks")
-            panels.append((TASKS.get(task, task) or "Average", unit, dots(rows, regimes)))
-    note = "Percent, the best in bold." if len(regimes) > 1 else "Percent."
-    if len({stage.trial for stage in stages}) > 1:
-        note += " A dot is a trial; the tick and the figure are the median."
-    return section("Scores on the dev sets", note, regimes, panels, ROW * len(regimes), DOT)
+    for task in tasks:
+        level = [(x, median(scores[task][teacher])) for x in (0, 1) if scores[task][teacher]]
+        lines = [(f"{teacher} level", level), (student, dev_curve(taught, task))]
+        panels.append((TASKS.get(task, task), "", area + curves(lines, from_zero=False)))
+    note = "Percent, medians of the trials. Dashed: the teachers' final score. The area is λ, from 0 to 1."
+    return f"{LABELS[student]} while it trained", note, {student: CURVE, teacher: LEVEL}, panels, TALL
 
 
-def loss_section(stages, tasks, config):
-    """Curves: a panel for the models of all tasks and one for the models of each task."""
+def training_section(stages, tasks):
+    """Curves: a panel of losses for the models of all tasks and one for those of each task, then both schedules."""
+    logged = [stage for stage in stages if stage.training]
+    plots = [("All tasks", "in one model", "loss", [stage for stage in logged if not stage.task])]
+    plots += [(TASKS.get(task, task), "", "loss", [stage for stage in logged if stage.task == task]) for task in tasks]
+    latest = {stage.regime: stage for stage in logged}
+    plots += [("λ", "weight of the gold labels", "gold_weight", latest.values())]
+    plots += [("Learning rate", "of the heads", "learning_rate", latest.values())]
     panels = []
-    for task in ("", *tasks):
-        lines = [(stage.regime, smooth(curve(stage, config, "loss"))) for stage in stages if stage.task == task]
-        if lines:
-            panels.append((TASKS.get(task, task) or "All tasks", "" if task else "in one model", curves(lines)))
-    regimes = list(dict.fromkeys(stage.regime for stage in stages))
-    note = "Cross-entropy in nats" + ", for STS-B the squared error of score / 5" * ("stsb" in tasks)
-    note += f". A line is a trial, each point of it the mean over {300 / PARTS:g} % of training."
-    return section("Loss per training example", note, regimes, panels, TALL, DASH)
+    for title, unit, name, shown in plots:
+        if shown:
+            panels.append((title, unit, curves([(stage.regime, curve(stage, name)) for stage in shown])))
+    note = "Cross-entropy in nats, for STS-B squared error of score / 5. A line is a trial; schedules are of the last."
+    return "Loss per training example, and schedules", note, dict.fromkeys(latest, CURVE), panels, TALL
 
 
-def schedule_section(stages, config):
-    """λ and the learning rate, of the first regime's model, whom nobody teaches, and of the last's, the student."""
-    first = {stage.regime: stage for stage in reversed(stages)}  # first trial, first task
-    ends = {regime: first[regime] for regime in (stages[0].regime, stages[-1].regime)}
-    peak = max(entry["learning_rate"] for stage in ends.values() for entry in stage.log)
-    power = math.floor(math.log10(peak or 1))
-    exponent = str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    weights = [(regime, thin(curve(stage, config, "gold_weight"))) for regime, stage in ends.items()]
-    rates = [(regime, thin(curve(stage, config, "learning_rate", 10.0**-power))) for regime, stage in ends.items()]
-    words = "Annealed, λ rises from 0 to 1: a", "student begins by imitating its", "teachers and ends on the labels."
-    panels = [
-        ("λ", "weight of the gold labels", curves(weights)),
-        ("Learning rate", f"of the heads × 10{exponent}", curves(rates)),
-        ("Target", "λ · gold + (1 − λ) · teacher", "".join(text(0, 13 + 18 * y, words[y], "muted") for y in range(3))),
-    ]
-    return section("Schedules", "One model of each regime shown.", [*ends], panels, TALL, DASH)
+def lay_out(title, note, legend, panels, height):
+    """(The drawing of a section, its height). The legend, {regime: mark}, stands left of each line of panels."""
+    drawing = text(EDGE, 16, title, "h2") + text(EDGE, 37, note, "muted")
+    names = ""
+    for index, (regime, mark) in enumerate(legend.items()):
+        names += group(group(mark, style=regime) + text(16, 4, LABELS[regime]), EDGE + 4, LINE * (index + 0.5))
+    pitch = max(height, LINE * len(legend)) + 62
+    for index, (name, unit, content) in enumerate(panels):
+        x, y = PITCH * (index % COLUMNS), 80 + pitch * (index // COLUMNS)
+        drawing += group(names, 0, y) if x == 0 else ""
+        drawing += group(text(0, -12, name, "strong", unit) + content, LEFT + x, y)
+    return drawing, 62 + pitch * math.ceil(len(panels) / COLUMNS)
 
 
-def thin(points):
-    """Some 200 of the points, the last among them: a plot has no room for more."""
-    return points[:: len(points) // 200 + 1] + points[-1:]
+def draw(folders):
+    """Draw a run directory, or a list of them pooled, and return the path of the picture, figure.svg in the first."""
+    folders = [Path(folder) for folder in (folders if isinstance(folders, (list, tuple)) else [folders])]
+    configs, stages = zip(*map(read_run, folders), strict=True)
+    stages = sorted(sum(stages, []), key=lambda stage: list(LABELS).index(stage.regime))
+    tasks = configs[0].get("tasks") or sorted({task for stage in stages for task in (stage.task, *stage.scores)} - {""})
+    # All models of a task train for equally many steps, but the log of an unfinished one does not tell how many.
+    longest = {stage.task: stage.num_steps for stage in sorted(stages, key=lambda stage: stage.num_steps)}
+    stages = [stage._replace(num_steps=longest[stage.task]) for stage in stages]
+    students = {stage.regime: stage for stage in stages if stage.dev and stage.training[0]["gold_weight"] < 1}
+    annealing = [annealing_section(stages, tasks, student) for student in students]
+    sections = [score_section(stages, tasks), *annealing, training_section(stages, tasks)]
+    drawing = ""
+    y = 96
+    for content, height in (lay_out(*section) for section in sections if section[3]):
+        drawing += group(content, 0, y)
+        y += height + 16
+    seeds = ", ".join(str(config.get("seed", "?")) for config in configs)
+    facts = f"tasks {len(tasks)} · trials {len({stage.trial for stage in stages})} · seed {seeds}"
+    return write(folders[0] / "figure.svg", folders[0].resolve().name, facts, drawing, y - 24)
 
 
-def draw(run_directory):
-    """Write figure.svg into a run directory, from what its stages have left there so far, and return its path."""
-    folder = Path(run_directory)
-    config, stages = read(folder)
-    if not stages:
-        raise FigureError(f"{folder}: no trial-*/REGIME/metrics.jsonl or scores.json; expected bam.py's run directory")
-    tasks = config.get("tasks") or sorted({task for stage in stages for task in (stage.task, *stage.scores) if task})
-    scored, logged = ([stage for stage in stages if getattr(stage, name)] for name in ("scores", "log"))
-    unknown = {task for stage in stages for task in stage.scores} - set(tasks)
-    if unknown:
-        raise FigureError(f"{folder}: scores of {', '.join(sorted(unknown))}, of which config.json knows nothing")
-    sections = [score_section(scored, tasks)] if scored else []
-    sections += [loss_section(logged, tasks, config), schedule_section(logged, config)] if logged else []
-    drawing, y = heading(folder, config, tasks, stages), 96
-    for part, height in sections:
-        drawing, y = drawing + group(part, 0, y), y + height + 16
-    return write(folder / "figure.svg", drawing, y - 24)
-
-
-def write(path, drawing, height):
+def write(path, title, facts, drawing, height):
     size = f'width="{WIDTH}" height="{height}"'
-    opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" {size} role="img">\n'
-    page = f'<style>{STYLE}</style>\n<rect class="page" {size} rx="6"/>\n'
-    path.write_text(opening + page + drawing + "</svg>\n", "utf-8", newline="\n")
+    top = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" {size}>\n'
+    top += f'<title>{escape(title)}</title>\n<style>{STYLE}</style>\n<rect class="page" {size}/>\n'
+    head = text(EDGE, 46, title, "h1") + text(EDGE, 68, facts, "muted")
+    path.write_text(top + head + drawing + "</svg>\n", "utf-8", errors="replace", newline="\n")
     return path
 
 
-def heading(folder, config, tasks, stages):
-    name, counts = folder.resolve().name, {"task": len(tasks), "trial": len({stage.trial for stage in stages})}
-    facts = [f"{count} {noun}{'s' * (count != 1)}" for noun, count in counts.items()]
-    facts += [f"{noun} {config[noun]}" for noun in ("seed", "limit", "precision") if config.get(noun) is not None]
-    title = f"<title>{safe(name)}: scores, losses and schedules</title>\n"
-    return title + text(EDGE, 46, name, "h1") + text(EDGE, 68, " · ".join(facts), "muted")
-
-
-# ----------------------------------------------------------------------------------------------------------- a benchmark
-
-VARIANTS = {"ours": "bam.py", "hf_best": "Hugging Face at its best", "hf_default": "run_glue's default"}
-MEASURES = ("share_of_peak", "examples_per_s", "ratio")
-FULL, BAR = 480, 16  # px: a bar of the whole matrix rate; a bar's height
-
-
-def draw_speed(path):
-    """Draw what bench_bam.py's --json wrote: each measurement's shares of the machine's matrix rate."""
-    if path.suffix == ".svg":
-        raise FigureError(f"{path}: is a picture; expected what bench_bam.py --json writes")
-    content = path.read_bytes().split(b"\n")
-    lines = [parse(line, f"{path}, line {place}", speed_of) for place, line in enumerate(content, 1) if line]
-    shares = {}
-    for line in lines:
-        measured = all(line[name] is not None for name in MEASURES) and line["at"] is None
-        if measured and line["variant"] in VARIANTS and line["name"] != "ablation":
-            shares.setdefault(line["name"], {})[line["variant"]] = line
+def draw_speed(file):
+    """Draw what bench_bam.py --json measured, as shares of the machine's matrix rate. Returns the picture's path."""
+    lines = [parse(line, f"{file}, line {number}") for number, line in enumerate(file.read_bytes().splitlines(), 1)]
+    lines = [line for line in lines if line.get("share_of_peak") and line["at"] is None]
+    shares = [line for line in lines if line["variant"] in VARIANTS and line["name"] != "ablation"]
     if not shares:
-        raise FigureError(f"{path}: no share of a matrix rate in it; expected what bench_bam.py --json writes")
-    facts = (
-        f"{lines[0]['device']} · {lines[0]['threads']} threads · {lines[0]['precision']} · torch {lines[0]['torch']}"
-    )
-    drawing = "<title>Speed, as shares of the matrix rate</title>\n" + text(EDGE, 46, "Speed against the limit", "h1")
-    drawing += text(EDGE, 68, facts, "muted")
-    drawing += text(LEFT + FULL, 96, "100 % of the rate of its matrix products alone", "muted middle")
-    y = 112
-    for name, variants in shares.items():
-        drawing += text(EDGE, y + 13, str(name).replace("_", " "), "strong")
-        for variant in [variant for variant in VARIANTS if variant in variants]:
-            drawing, y = drawing + group(bar(variants[variant]), LEFT, y), y + BAR + 2
-        y += 14
-    return write(path.with_suffix(".svg"), drawing + rule(LEFT + FULL, 102, LEFT + FULL, y - 10), y)
+        raise ValueError(f"{file}: no share of a matrix rate in it; expected what bench_bam.py --json writes")
+    drawing = text(START + FULL, 96, "100 % of the rate of its matrix products alone", "muted middle")
+    for index, line in enumerate(shares):
+        y = 106 + 20 * index
+        width = FULL * min(line["share_of_peak"], 1.3)
+        speed = f"{line['examples_per_s']:.0f}/s, ours ×{line['ratio']:.1f}"
+        drawing += text(EDGE, y + 12, line["name"].replace("_", " "), "strong", VARIANTS[line["variant"]])
+        drawing += group(f'<rect class="{line["variant"]}" width="{width:.1f}" height="16"/>\n', START, y)
+        drawing += text(START + width + 6, y + 12, f"{100 * line['share_of_peak']:.0f} %", unit=speed)
+    drawing += path([(START + FULL, 102), (START + FULL, y + 20)], "rule")
+    facts = "{device} · {threads} threads · {precision} · torch {torch}".format_map(lines[0])
+    return write(file.with_suffix(".svg"), "Speed against the limit", facts, drawing, y + 40)
 
 
-def speed_of(line):
-    """A line of the JSON, as far as it is drawn."""
-    for name in MEASURES:
-        number(0 if line[name] is None else line[name], 0, 1e12)
-    for name in ("name", "variant", "device", "threads", "precision", "torch", "at"):
-        if not isinstance(line[name], (str, int, type(None))):
-            raise ValueError(f"{name} {line[name]!r}")
-    return line
-
-
-def bar(line):
-    width, variant = FULL * min(line["share_of_peak"], 1.3), line["variant"]
-    behind = f"{line['examples_per_s']:.0f}/s" + ("" if variant == "ours" else f", ours {line['ratio']:.1f} times that")
-    share = text(width + 6, BAR - 3, f"{100 * line['share_of_peak']:.0f} %", unit=f"{VARIANTS[variant]}, {behind}")
-    return f'<rect class="{variant}" width="{width:.1f}" height="{BAR}"/>\n' + share
-
-
-def command(arguments):
-    """Draw one run directory or benchmark; errors are one line on stderr. Returns the exit status."""
+def main(arguments=None):
+    """Draw what the command line names, and print the path of the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="+", type=Path, help="run directories, or a file of bench_bam.py --json")
+    paths = parser.parse_args(arguments).paths
     try:
-        if len(arguments) != 1:
-            raise FigureError("expected one argument, a run directory or bench_bam.py's JSON")
-        path = Path(arguments[0])
-        print(draw_speed(path) if path.is_file() else draw(path))
-        return 0
-    except (FigureError, OSError) as error:
-        print(f"figure.py: error: {error}", file=sys.stderr)
-        return 2
+        print(draw_speed(paths[0]) if paths[0].is_file() else draw(paths))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
-    sys.exit(command(sys.argv[1:]))
+    main()
