@@ -27,7 +27,7 @@ import torch
 import demo
 import figure
 import glue_data
-from glue_data import micro_batches, mix, pack, sample_schedule, side_by_side
+from glue_data import micro_batches, concatenate, pack, sample_schedule, block_diagonal
 from inputs import checkpoint_folder, data_folder, identity, load_data, parse_args, recipes
 from model import WEIGHTS, CheckpointError, load_pretrained, save_pretrained
 from ops import upload
@@ -89,6 +89,9 @@ REGIMES = {
 }
 
 
+TEACHER = "-teacher"  # ends the name of a regime whose models have the teachers' own checkpoint
+
+
 @dataclass(frozen=True)
 class Experiment:
     """What is trained on what: with REGIMES, all that decides the numbers. `load_experiment` makes one from files."""
@@ -99,9 +102,14 @@ class Experiment:
     single: Recipe = SINGLE
     multi: Recipe = MULTI
     seed: int = 0
-    num_teachers: int = 1  # seeds of each teacher; their outputs are averaged
-    teachers: "Experiment | None" = None  # the one that trains the teachers, where they have another checkpoint
-    suffix: str = ""  # of its models' folders, "-teacher" where it trains the teachers of another
+    copies: int = 1  # seeds of each teacher; their outputs are averaged
+    teacher_experiment: "Experiment | None" = None  # trains the teachers, where they have another checkpoint
+    suffix: str = ""  # ends the folders' names of its regimes: TEACHER in a teacher_experiment
+
+    @property
+    def of_teachers(self):
+        """The experiment that trains the teachers: this one, unless they have another checkpoint."""
+        return self.teacher_experiment or self
 
     def recipe(self, regime):
         """The recipe of a regime's models."""
@@ -109,6 +117,10 @@ class Experiment:
 
 
 # ------------------------------------------------------------------------------------- the idea (the paper, section 3)
+
+# K is the number of outputs of a model's tasks together: 2 for RTE's teacher, 16 for all eight. Each task owns some of
+# them. A model gives all K for every example. Labels (N, K) are one-hot, or the score as a fraction of its range, in the
+# columns that the example's task owns, and 0 in the others; so are the teachers' logits (N, K).
 
 
 def annealing_weight(step, num_steps, gold_weight=None, has_teacher=True):
@@ -123,9 +135,9 @@ def distillation_loss(logits, labels, teacher_logits, own, regression, gold_weig
     """Each example's loss (B,) against λ · gold + (1 − λ) · teacher: cross-entropy, the teacher being its softmax at
     temperature 1, or squared error with its score (the original's bam/task_specific).
 
-    logits, labels, teacher_logits: (B, K), the outputs of all tasks side by side. own: (B, K), the outputs of each
-    example's own task. regression: (B,), whether that task is a score. gold_weight: λ, 0-dimensional. The caller sums
-    over the batch, as the original does; with the same clip, a mean would be another algorithm.
+    logits, labels, teacher_logits: (B, K). own: (B, K), which outputs belong to the example's own task. regression:
+    (B,), whether that task is a score. gold_weight: λ, 0-dimensional. The caller sums over the batch, as the original
+    does; with the same clip, a mean would be another algorithm.
 
     Cross-entropy and squared error are both computed for every example, and its task selects one, so that a batch can
     mix tasks.
@@ -153,12 +165,13 @@ def steps_of(recipe, num_examples):
     return num_steps
 
 
-def learning_rate(step, num_steps, recipe, layers_below_head=0):
-    """Linear warm-up from 0, then linear decay to 0, times α for each layer below the head. The decay counts from step
-    0, so the rate drops where warm-up ends, to 0.9 of the peak after a warm-up of 0.1 (bam/bert/optimization.py)."""
+def learning_rate(step, num_steps, recipe, distance_to_head=0):
+    """Linear warm-up from 0, then linear decay to 0, times α for each layer between a parameter and the head. The decay
+    counts from step 0, so the rate drops where warm-up ends, to 0.9 of the peak after a warm-up of 0.1
+    (bam/bert/optimization.py)."""
     warmup_steps = int(recipe.warmup * num_steps)
-    schedule = step / warmup_steps if step < warmup_steps else max(0.0, 1 - step / num_steps)
-    return recipe.learning_rate * schedule * recipe.layer_decay**layers_below_head
+    factor = step / warmup_steps if step < warmup_steps else max(0.0, 1 - step / num_steps)
+    return recipe.learning_rate * factor * recipe.layer_decay**distance_to_head
 
 
 class Adam:
@@ -180,15 +193,16 @@ class Adam:
         self.gradients = torch.zeros_like(self.values)
         self.mean = torch.zeros_like(self.values)
         self.square = torch.zeros_like(self.values)
-        self.adam = torch.optim.AdamW([self.values], lr=0.0, betas=(0.9, 0.999), eps=1e-6, fused=True)
-        self.adam.param_groups.clear()
+        groups = []  # of parameters that share a rate and a decay; each is one tensor, a part of the vector
         end = 0
         for (depth, is_exempt), members in itertools.groupby(parameters, group_of):
             start = end
             for _, parameter in members:
                 end = self.move_into_vector(parameter, end)
-            layers_below_head = model.config.num_hidden_layers + 2 - depth
-            self.add_group(slice(start, end), layers_below_head, 0.0 if is_exempt else recipe.weight_decay)
+            decay = 0.0 if is_exempt else recipe.weight_decay
+            distance_to_head = model.depth("head") - depth
+            groups.append({"part": slice(start, end), "weight_decay": decay, "distance_to_head": distance_to_head})
+        self.adam = self.fused_adam(groups)
 
     def move_into_vector(self, parameter, start):
         """Make the parameter and its gradient views of the flat vectors; return where they end."""
@@ -198,37 +212,39 @@ class Adam:
         parameter.grad = self.gradients[part].view_as(parameter)
         return part.stop
 
-    def add_group(self, part, layers_below_head, weight_decay):
-        """One tensor for all parameters that share a rate and a decay."""
-        values = self.values[part]
-        values.grad = self.gradients[part]
-        self.adam.add_param_group({"params": [values], "weight_decay": weight_decay})
-        self.adam.param_groups[-1]["layers_below_head"] = layers_below_head
-        # A count so high that the bias correction 1 − β^count is 1: BERT's Adam has none.
-        count = torch.tensor(1e6, device=values.device)
-        self.adam.state[values] = {"step": count, "exp_avg": self.mean[part], "exp_avg_sq": self.square[part]}
+    def fused_adam(self, groups):
+        """torch's AdamW over the groups, with moments that are parts of our vectors. Its bias correction 1 − β^count is
+        turned off by a count so high that it is 1."""
+        for group in groups:
+            values = self.values[group["part"]]
+            values.grad = self.gradients[group["part"]]
+            group["params"] = [values]
+        adam = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-6, fused=True)
+        for group in groups:
+            moments = {"exp_avg": self.mean[group["part"]], "exp_avg_sq": self.square[group["part"]]}
+            count = torch.tensor(1e6, device=self.values.device)
+            adam.state[group["params"][0]] = {"step": count, **moments}
+        return adam
 
     def step(self, step, num_steps):
         """Update the parameters, zero the gradients, and return their norm before clipping (a tensor)."""
         norm = self.gradients.norm()
         self.gradients.mul_((self.recipe.clip_norm / norm).clamp(max=1))
         for group in self.adam.param_groups:
-            group["lr"] = learning_rate(step, num_steps, self.recipe, group["layers_below_head"])
+            group["lr"] = learning_rate(step, num_steps, self.recipe, group["distance_to_head"])
         self.adam.step()
         self.gradients.zero_()
         return norm
 
-    def state(self, step, num_steps, seed):
-        """What a checkpoint holds: after `step` of the num_steps of the training with this seed."""
-        steps = torch.tensor([step, num_steps, seed])
-        return {"values": self.values, "mean": self.mean, "square": self.square, "steps": steps}
+    def state(self, *steps):
+        """{name: tensor} that a checkpoint holds; steps: how far which training is."""
+        return {"values": self.values, "mean": self.mean, "square": self.square, "steps": torch.tensor(steps)}
 
 
 # -------------------------------------------------------------------------- training: one loop for teacher and student
 
-# K is the number of outputs of a model's tasks, 2 for RTE's teacher, 16 for all eight; each task owns some of them. A
-# training set of N examples has labels (N, K), zero outside of an example's own outputs, and so are its teachers'
-# logits; a model gives all K for every example.
+# `run` (runtime.Run) is the device, the run directory and the processes that share them: run.on_rank_0(f, ...) calls f in
+# process 0 while the others wait, and run.exists(path) gives process 0's answer in all of them.
 
 
 class Targets:
@@ -263,7 +279,7 @@ def upload_examples(dataset, examples, model, run):
     return upload(pack(dataset, examples), examples, model.config.num_attention_heads, run.device)
 
 
-@within_memory
+@within_memory  # where it runs out, the gradients are zeroed, and all is done again in smaller micro-batches
 def add_gradients(model, targets, examples, gold_weight, seed, run):
     """Add the gradient of the examples' summed loss to the parameters', and return the loss.
 
@@ -281,6 +297,21 @@ def add_gradients(model, targets, examples, gold_weight, seed, run):
     return total
 
 
+def rehearse(model, targets, lengths, run):
+    """On CUDA, compile the encoder by a pass over the largest micro-batch, that of the longest examples."""
+    longest = np.argsort(-lengths)[: max(1, run.tokens_at_once // lengths.max())]
+    run.compile_encoder(model, lambda: add_gradients(model, targets, longest, 1.0, seed=0, run=run))
+
+
+def training_identity(recipe, dataset, teacher_logits, seed):
+    """A number that changes with whatever decides a training, so that none resumes another's checkpoint."""
+    arrays = [dataset.input_ids, dataset.labels] + ([] if teacher_logits is None else [teacher_logits])
+    digest = hashlib.sha256(repr((recipe, seed)).encode())
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array))
+    return int.from_bytes(digest.digest()[:8], "little") >> 1  # 63 bits
+
+
 def train(model, dataset, teacher_logits, recipe, seed, run, folder=None, evaluate_now=None):
     """Train on a dataset of one or several tasks; teacher_logits (N, K), or None to learn from the labels alone.
 
@@ -294,14 +325,14 @@ def train(model, dataset, teacher_logits, recipe, seed, run, folder=None, evalua
     lengths = np.diff(dataset.offsets)  # (N,) tokens of each example
     targets = Targets(dataset, teacher_logits, run.device)
     optimizer = Adam(model, recipe)
-    start = resume(run, folder / CHECKPOINT, optimizer.state(0, num_steps, seed))
+    training = training_identity(recipe, dataset, teacher_logits, seed)
+    start = resume(run, folder / CHECKPOINT, optimizer.state(0, num_steps, training))  # fills what state holds
     progress = Progress(
         run, folder, start, recipe.batch_size, lengths[schedule].sum(1),
         describe=lambda step: glue_data.describe_examples(dataset, schedule[step]),
     )  # fmt: skip
     model.train()
-    longest = np.argsort(-lengths)[: max(1, run.tokens_at_once // lengths.max())]  # a full micro-batch
-    run.rehearse(model, lambda: add_gradients(model, targets, longest, 1.0, seed, run=run))
+    rehearse(model, targets, lengths, run)
     for step in range(start, num_steps):
         gold_weight = annealing_weight(step, num_steps, recipe.gold_weight, targets.has_teacher)
         examples = schedule[step, run.rank :: run.world]  # this process's share of the batch
@@ -309,13 +340,13 @@ def train(model, dataset, teacher_logits, recipe, seed, run, folder=None, evalua
         loss = add_gradients(model, targets, examples, gold_weight, dropout_seed, run=run)
         run.all_reduce(optimizer.gradients)
         norm = optimizer.step(step, num_steps)
-        progress.after(step, loss, norm, learning_rate(step, num_steps, recipe), gold_weight)
+        progress.after(step, loss, norm, learning_rate(step, num_steps, recipe), gold_weight)  # logs; raises for NaN
         if run.evaluate_every and (step + 1) % run.evaluate_every == 0 and evaluate_now:
             progress.write({"step": step + 1, "dev": evaluate_now()})
             model.train()
         if run.time_to_save(step):
-            progress.sync()
-            run.write(save_checkpoint, folder / CHECKPOINT, optimizer.state(step + 1, num_steps, seed))
+            progress.sync()  # raises for NaN, which no checkpoint must hold
+            run.on_rank_0(save_checkpoint, folder / CHECKPOINT, optimizer.state(step + 1, num_steps, training))
             run.stop_if_asked()
 
 
@@ -350,7 +381,7 @@ def evaluate(model, tasks, data, run, folder):
             # JSON has no NaN, which a correlation with a constant is.
             scores[task.name][split] = {name: None if np.isnan(value) else value for name, value in score.items()}
             words = glue_data.answers(task, logits)
-            run.write(write_whole, folder / f"{task.name}.{split}.tsv", glue_data.predictions_tsv(words))
+            run.on_rank_0(write_whole, folder / f"{task.name}.{split}.tsv", glue_data.predictions_tsv(words))
             shown = f"{task.metrics[0]} {score[task.metrics[0]]:.1f}"
             if len(set(words)) == 1 < len(words):
                 shown += f", a collapsed run: every answer is {words[0]}"
@@ -374,22 +405,21 @@ def dev_scores(model, tasks, data, run):
 # has its teacher's architecture. What passes from one to the other is an array of logits, a line for each example.
 
 
-def run_regime(experiment, run, name, trial, number=1):
+def run_regime(experiment, run, name, trial, copy=1):
     """Train a row of the table and return {task: folder of the model that has its head}.
 
-    Its teachers come first, by recursion: num_teachers copies of the teacher's row. The second and later copies are in
+    Its teachers come first, by recursion: so many copies of the teacher's row. The second and later copies are in
     folders name-2, name-3, ..., which also give them their seeds.
     """
     regime = REGIMES[name]
     teachers = []  # {task: folder} of each copy
     if regime.teacher:
-        source = experiment.teachers or experiment
-        for copy in range(1, experiment.num_teachers + 1):
-            teachers.append(run_regime(source, run, regime.teacher, trial, copy))
-    top = run.folder / f"trial-{trial}" / (name + experiment.suffix + (f"-{number}" if number > 1 else ""))
+        for number in range(1, experiment.copies + 1):
+            teachers.append(run_regime(experiment.of_teachers, run, regime.teacher, trial, number))
+    top = run.folder / f"trial-{trial}" / (name + experiment.suffix + (f"-{copy}" if copy > 1 else ""))
     models = models_of(regime, experiment.tasks, top)
     for folder, tasks in models.items():
-        if not run.exists(folder / "scores.json"):
+        if not run.exists(folder / "scores.json"):  # which training writes last
             train_model(experiment, run, regime, tasks, teachers, folder)
     return {task.name: folder for folder, tasks in models.items() for task in tasks}
 
@@ -401,19 +431,18 @@ def models_of(regime, tasks, top):
 
 def train_model(experiment, run, regime, tasks, teachers, folder):
     """Train one model and leave its folder: weights, tokenizer, metrics, dev predictions, and, last, scores.json."""
-    run.write(folder.mkdir, parents=True, exist_ok=True)
+    run.on_rank_0(folder.mkdir, parents=True, exist_ok=True)
     seed = model_seed(experiment.seed, folder.relative_to(run.folder))
     if run.exists(folder / WEIGHTS[0]):
         model = load_trained(folder, tasks).to(run.device)
     else:
         torch.manual_seed(seed)
         model = load_pretrained(experiment.checkpoint, {task.name: task.num_outputs for task in tasks}).to(run.device)
-        dataset = mix([experiment.data[task.name]["train"] for task in tasks])
+        dataset = concatenate([experiment.data[task.name]["train"] for task in tasks])
         teacher_logits = None
         if teachers:
-            source = experiment.teachers or experiment
-            blocks = [average_teacher(source.data, run, task, teachers) for task in tasks]
-            teacher_logits = side_by_side(blocks)  # (N, K)
+            outputs = [average_teacher(experiment.of_teachers.data, run, task, teachers) for task in tasks]
+            teacher_logits = block_diagonal(outputs)  # (N, K), examples in the dataset's order
 
         recipe = experiment.recipe(regime)
         train(
@@ -421,12 +450,12 @@ def train_model(experiment, run, regime, tasks, teachers, folder):
             evaluate_now=lambda: dev_scores(model, tasks, experiment.data, run),
         )  # fmt: skip
         tokenizer = Tokenizer(experiment.checkpoint)
-        run.write(tokenizer.save, folder, recipe.max_length)
-        run.write(save_pretrained, model, folder, heads={task.name: task.labels for task in tasks})
+        run.on_rank_0(tokenizer.save, folder, recipe.max_length)
+        run.on_rank_0(save_pretrained, model, folder, heads={task.name: task.labels for task in tasks})
     scores = evaluate(model, tasks, experiment.data, run, folder)
     for path in (folder / CHECKPOINT, previous(folder / CHECKPOINT)):
-        run.write(path.unlink, missing_ok=True)
-    run.write(write_whole, folder / "scores.json", to_json(scores))
+        run.on_rank_0(path.unlink, missing_ok=True)
+    run.on_rank_0(write_whole, folder / "scores.json", to_json(scores))
 
 
 def load_trained(folder, tasks):
@@ -445,7 +474,7 @@ def teacher_outputs(data, run, task, folder):
     dataset = data[task.name]["train"]
     if not run.exists(path):
         logits = predict(load_trained(folder, [task]).to(run.device), dataset, task, run)
-        run.write(write_whole, path, logits)
+        run.on_rank_0(write_whole, path, logits)
     try:
         logits = np.load(path)
     except (OSError, ValueError, EOFError) as error:
@@ -479,7 +508,7 @@ def collect(folders, tasks):
     With --teacher-checkpoint the teachers are regimes of their own."""
     results = {}
     for regime_name, regime in REGIMES.items():
-        for name in (f"{regime_name}-teacher", regime_name):
+        for name in (regime_name + TEACHER, regime_name):
             tops = [top for folder in folders for top in sorted(folder.glob(f"trial-*/{name}"), key=trial_number)]
             for top in tops:
                 paths = [model / "scores.json" for model in models_of(regime, tasks, top)]
@@ -519,8 +548,8 @@ def table(summary, tasks):
     columns = ["Avg", *(task.folder for task in tasks)]
     rows = [["Model", *columns]]
     for name, row in summary.items():
-        suffix = ", teacher" if name.endswith("-teacher") else ""
-        lines = {REGIMES[name.removesuffix("-teacher")].label + suffix: "{median:.1f}"}  # {label: a cell's format}
+        suffix = ", teacher" if name.endswith(TEACHER) else ""
+        lines = {REGIMES[name.removesuffix(TEACHER)].label + suffix: "{median:.1f}"}  # {label: a cell's format}
         if row["trials"] > 1:
             lines[f"  {row['trials']} trials"] = "{least:.1f}–{greatest:.1f}"
         for baseline in BASELINES:
@@ -565,7 +594,7 @@ def submit(experiment, run, folders, path):
     if loaded is None:  # WNLI's majority at most
         run.say(f"{path}: not written, since the data has no test files")
         return
-    run.write(write_whole, path, glue_data.submission_zip(predictions))
+    run.on_rank_0(write_whole, path, glue_data.submission_zip(predictions))
     run.say(f"{path}: {len(predictions)} of 11 files" + (f"; {absent}" if absent else ""))
 
 
@@ -580,25 +609,32 @@ def load_experiment(args, run):
         folder = run.folder / "demo" / "glue"
         checkpoint = run.folder / "demo" / "checkpoint"
         if not run.exists(checkpoint / WEIGHTS[0]):
-            run.write(demo.write_demo, folder, checkpoint)
+            run.on_rank_0(demo.write_demo, folder, checkpoint)
     else:
         folder = data_folder(args, run)
         checkpoint = checkpoint_folder(args.checkpoint, run)
-    data = load_data(run, tasks, folder, checkpoint, single.max_length, args.limit)
-    experiment = Experiment(tasks, data, checkpoint, single, multi, args.seed, args.teachers)
+
+    def tokenized_for(checkpoint):
+        return load_data(run, tasks, folder, checkpoint, single.max_length, args.limit)
+
+    experiment = Experiment(tasks, tokenized_for(checkpoint), checkpoint, single, multi, args.seed, args.teachers)
     if args.teacher_checkpoint:
         checkpoint = checkpoint_folder(args.teacher_checkpoint, run)
-        data = load_data(run, tasks, folder, checkpoint, single.max_length, args.limit)
-        teachers = replace(experiment, data=data, checkpoint=checkpoint, suffix="-teacher")
-        experiment = replace(experiment, teachers=teachers)
+        teachers = replace(experiment, data=tokenized_for(checkpoint), checkpoint=checkpoint, suffix=TEACHER)
+        experiment = replace(experiment, teacher_experiment=teachers)
     for name in args.regime:
-        while name:  # and its teacher, and the teacher's
-            regime = REGIMES[name]
-            for group in models_of(regime, tasks, run.folder).values():
-                steps_of(experiment.recipe(regime), sum(len(data[task.name]["train"]) for task in group))
-            name = regime.teacher
+        check_steps(experiment, run, name)
     run.claim(identity(experiment, run, folder, args.limit))
     return experiment
+
+
+def check_steps(experiment, run, name):
+    """Raise UsageError where a model of the regime, or of its teachers', has too few examples for one step."""
+    regime = REGIMES[name]
+    for tasks in models_of(regime, experiment.tasks, run.folder).values():
+        steps_of(experiment.recipe(regime), sum(len(experiment.data[task.name]["train"]) for task in tasks))
+    if regime.teacher:
+        check_steps(experiment, run, regime.teacher)
 
 
 def report(run, tasks):
@@ -629,7 +665,7 @@ def compare(folders):
 
 
 def main(argv=None):
-    """The command."""
+    """Train every regime in every trial, then report."""
     args = parse_args(argv, __doc__, (SINGLE, MULTI), REGIMES)
     if args.table:
         return compare(args.table)
@@ -645,7 +681,7 @@ def main(argv=None):
             for name in args.regime:
                 folders = run_regime(experiment, run, name, trial)
                 submit(experiment, run, folders, run.folder / f"trial-{trial}" / name / "submission.zip")
-        run.write(report, run, experiment.tasks)
+        run.on_rank_0(report, run, experiment.tasks)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ import bam
 import glue_data
 import model as bert
 import ops
-from glue_data import TASKS, Dataset, mix
+from glue_data import TASKS, Dataset, concatenate
 from model import BertConfig, MultiTaskBert
 from runtime import CUDA_TOKENS, Device, Run, command, keep_freed_memory
 from wordpiece import Tokenizer
@@ -78,7 +78,7 @@ class Examples:
         has_vocabulary = any((checkpoint / name).exists() for name in ("vocab.txt", "tokenizer.json"))
         self.real = has_vocabulary and all((data / task.folder / task.train).exists() for task in self.tasks)
         self.sizes = [GLUE[task.name][0] * (1 + task.symmetric) for task in self.tasks]
-        self.mixed = mix([self.read(task, "train", LIMIT) for task in self.tasks])
+        self.mixed = concatenate([self.read(task, "train", LIMIT) for task in self.tasks])
 
     def read(self, task, split, limit):
         """At most `limit` examples of a task, as a Dataset."""
@@ -344,8 +344,8 @@ def compiling(bench):
     """On CUDA, compile ours, and record how long it takes and how many other batches would need another graph."""
     step = bench.variants["ours"].step
     batches = bench.examples.batches(50, bam.MULTI.batch_size)
-    seconds = clock(bench.run, functools.partial(bench.run.rehearse, bench.model), [lambda: step(batches[0])])
-    if not bench.model.compiled:  # on a CPU; or it failed, and rehearse has said why
+    seconds = clock(bench.run, functools.partial(bench.run.compile_encoder, bench.model), [lambda: step(batches[0])])
+    if not bench.model.compiled:  # on a CPU; or it failed, and compile_encoder has said why
         return
     recompilations = 0
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -484,7 +484,7 @@ def scale(bench):
         model = MultiTaskBert(config, {"rte": 2}).to(bench.run.device)
         step = variant_of("ours", bench.run, model, dataset).step
         batch = np.arange(len(dataset))
-        bench.run.rehearse(model, functools.partial(step, batch))
+        bench.run.compile_encoder(model, functools.partial(step, batch))
         bench.compare("scale_model", {"ours": step}, [batch], f"{size}, ", config, dataset, at=size)
 
 

@@ -379,7 +379,7 @@ def describe_examples(dataset, examples):
 # -------------------------------------------------------------------------------------------------------------- mixing
 
 
-def mix(datasets):
+def concatenate(datasets):
     """The examples of several Datasets, in this order, as one Dataset; each task's labels have columns of their own."""
     if len(datasets) == 1:
         return datasets[0]
@@ -391,13 +391,13 @@ def mix(datasets):
         offsets=np.concatenate(([0], np.cumsum(lengths))),
         segment_starts=joined("segment_starts"),
         task_ids=np.repeat(np.arange(len(datasets), dtype=np.int32), [len(dataset) for dataset in datasets]),
-        labels=side_by_side([dataset.labels for dataset in datasets]),
+        labels=block_diagonal([dataset.labels for dataset in datasets]),
         lines=joined("lines"),
         index=joined("index"),
     )
 
 
-def side_by_side(blocks):
+def block_diagonal(blocks):
     """Blocks (N1, K1), (N2, K2), ... on the diagonal of an array (N1 + N2 + ..., K1 + K2 + ...), zeros elsewhere."""
     ends = np.cumsum([block.shape for block in blocks], axis=0)
     out = np.zeros(ends[-1], np.float32)

@@ -146,7 +146,7 @@ def data_folder(args, run):
     if begun or not run.exists(folder):
         if not begun and args.data != DATA and not args.download:
             raise UsageError(f"--data: there is no folder {folder}; with --download GLUE is fetched into it")
-        run.write(download, "glue", str(folder))
+        run.on_rank_0(download, "glue", str(folder))
     return folder
 
 
@@ -156,7 +156,7 @@ def checkpoint_folder(name, run):
         return Path(name)
     folder = Path("checkpoints") / name
     if not any(run.exists(folder / file) for file in WEIGHTS):
-        run.write(download, "checkpoint", name, str(folder))
+        run.on_rank_0(download, "checkpoint", name, str(folder))
     return folder
 
 
@@ -193,7 +193,7 @@ def identity(experiment, run, folder, limit):
     """What decides the numbers (but for dropout's draws, which the number of processes decides too), so that models of
     different runs never mix. Files by what they are, wherever they lie."""
     files = {f"{t.folder}/{file}": folder / t.folder / file for t in experiment.tasks for file in t.files.values()}
-    for prefix, source in (("", experiment), ("teacher/", experiment.teachers)):
+    for prefix, source in (("", experiment), ("teacher/", experiment.teacher_experiment)):
         if source:
             names = ["config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json"]
             paths = [source.checkpoint / name for name in names] + weight_files(source.checkpoint)
@@ -201,7 +201,7 @@ def identity(experiment, run, folder, limit):
     return {
         "tasks": [task.name for task in experiment.tasks],
         "seed": experiment.seed,
-        "teachers": experiment.num_teachers,
+        "teachers": experiment.copies,
         "limit": limit,
         "precision": "bfloat16" if run.bfloat16 else "float32",
         "single": asdict(experiment.single),

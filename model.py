@@ -93,7 +93,7 @@ class MultiTaskBert(nn.Module):
     num_outputs: {task: number of labels, or 1 for a score}; a task's logits are `columns[task]` of the K.
     """
 
-    compiled = None  # pooled_output as one compiled graph, for training on an accelerator (runtime.Run.rehearse)
+    compiled = None  # pooled_output as one compiled graph, for training on an accelerator (runtime.Run.compile_encoder)
 
     def __init__(self, config, num_outputs):
         super().__init__()
@@ -144,7 +144,7 @@ class MultiTaskBert(nn.Module):
     def embed(self, input_ids, segment_ids, position_ids):
         """Token, segment and position ids (T,) each to embeddings (T, H)."""
         words = self.word_embeddings.weight
-        # On a CPU the words of a batch add their rows to the gradient of all words, rather than a table of zeros.
+        # On a CPU autograd adds the rows of the batch's words alone to the gradient that is there, not a whole table.
         sparse = words.device.type == "cpu" and words.grad is not None and not torch.compiler.is_compiling()
         x = F.embedding(input_ids, words, sparse=sparse) + self.position_embeddings(position_ids)  # (T, E)
         x = self.embeddings_norm(x + self.segment_embeddings(segment_ids))

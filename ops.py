@@ -80,12 +80,10 @@ def upload(batch, examples, num_heads, device):
 
 
 def upload_padded(tokens, cu_seqlens, examples, device):
-    """A Packed with a Padded layout. A batch of one sequence gets a second one, of one token, that nobody reads: with
-    B = 1 torch.compile would make another graph."""
-    lengths = np.diff(cu_seqlens)
-    if len(lengths) == 1:
-        lengths = np.append(lengths, 1)
-        tokens = [np.append(array, 0) for array in tokens]
+    """A Packed with a Padded layout, and with one more sequence at its end, of one token. Nobody reads it, so that its
+    gradients are 0: padding borrows it. With it B is never 1, for which torch.compile would make another graph."""
+    tokens = [np.append(array, 0) for array in tokens]  # (T,) each
+    lengths = np.append(np.diff(cu_seqlens), 1)  # (B,)
     arrays = [*tokens, *padded_indices(lengths), lengths, examples]
     flat = torch.from_numpy(np.concatenate(arrays, dtype=np.int32, casting="same_kind"))
     if device.type == "cuda":
@@ -106,7 +104,7 @@ def padded_indices(lengths):
     starts = np.cumsum(lengths) - lengths
     positions = np.arange(longest)
     is_token = positions < lengths[:, None]  # (B, L)
-    pad = np.where(is_token, starts[:, None] + positions, 0)  # (B, L)
+    pad = np.where(is_token, starts[:, None] + positions, starts[-1])  # (B, L)
     return starts, pad.ravel(), np.flatnonzero(is_token)
 
 
@@ -124,10 +122,10 @@ def padded_indices(lengths):
 class Padded(NamedTuple):
     """Sequences padded to the longest, for one call of scaled_dot_product_attention:
 
-    tokens     a a a a a b b b b c d                       T = 11, B = 4
-    padded     a a a a a  b b b b -  c - - - -  d - - - -  L = 5 (8 in fact: L is a multiple of 8)
-    pad        0 1 2 3 4  5 6 7 8 0  9 0 0 0 0 10 0 0 0 0  each padded position's token; padding borrows token 0
-    unpad      0 1 2 3 4 5 6 7 8 10 15                     each token's padded position
+    tokens     a a a a a b b b b c                    T = 10, B = 3; c is the sequence that nobody reads
+    padded     a a a a a  b b b b -  c - - - -        L = 5 (8 in fact: L is a multiple of 8)
+    pad        0 1 2 3 4  5 6 7 8 9  9 9 9 9 9        each padded position's token; padding borrows the last one
+    unpad      0 1 2 3 4 5 6 7 8 10                   each token's padded position
     """
 
     cls: torch.Tensor  # (B,) each sequence's first token
@@ -138,7 +136,7 @@ class Padded(NamedTuple):
     def attention(self, qkv, num_heads, p, cls_q=None):
         batch_size, _, _, length = self.mask.shape
         parts = 3 if cls_q is None else 2
-        padded = Pad.apply(qkv, self.pad, self.unpad)  # (B · L, 3H or 2H)
+        padded = Gather.apply(qkv, self.pad, self.unpad)  # (B · L, 3H or 2H)
         padded = padded.view(batch_size, length, parts, num_heads, -1).permute(2, 0, 3, 1, 4)  # (3 or 2, B, A, L, D)
         if cls_q is None:
             q, k, v = padded  # (B, A, L, D) each
@@ -147,25 +145,26 @@ class Padded(NamedTuple):
             q = cls_q.view(batch_size, num_heads, 1, -1)  # (B, A, 1, D)
         context = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, dropout_p=p)  # (B, A, L or 1, D)
         context = context.transpose(1, 2).flatten(0, 1).flatten(1)  # (B · L or B, H)
-        return Take.apply(context, self.unpad) if cls_q is None else context
+        return Gather.apply(context, self.unpad, self.pad) if cls_q is None else context
 
 
-class Pad(torch.autograd.Function):
-    """x[pad], with a gradient that copies rows and adds none: what padding borrows from token 0 has no gradient."""
+class Gather(torch.autograd.Function):
+    """x[index], to pad or to unpad, with a gradient that gathers too, by the inverse index, and adds nothing: what
+    padding borrows has no gradient, and padding has none itself."""
 
     @staticmethod
-    def forward(ctx, x, pad, unpad):
-        ctx.save_for_backward(unpad)
-        return x.index_select(0, pad)
+    def forward(ctx, x, index, inverse):
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, index)
 
     @staticmethod
     def backward(ctx, grad):
-        (unpad,) = ctx.saved_tensors
-        return grad.index_select(0, unpad), None, None
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
 
 
 class Take(torch.autograd.Function):
-    """x[index] for an index without repeats, with a gradient that places rows and adds none; unpad is such an index."""
+    """x[index] for an index without repeats, with a gradient that places rows, adds nothing, and is 0 elsewhere."""
 
     @staticmethod
     def forward(ctx, x, index):
@@ -274,7 +273,7 @@ class Buckets:
     def attention(self, qkv, num_heads, p, cls_q=None):
         parts = 3 if cls_q is None else 2
         size = qkv.shape[1] // (parts * num_heads)
-        padded = Pad.apply(qkv.view(-1, size), *self.indices[parts])  # (rows, D)
+        padded = Gather.apply(qkv.view(-1, size), *self.indices[parts])  # (rows, D)
         if cls_q is None:
             context = BucketAttention.apply(padded, None, self, p)  # (rows, D)
             _, unpad = self.indices[1]

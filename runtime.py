@@ -254,7 +254,7 @@ class Run(Device):
         if self.world > 1 and error is None:
             dist.destroy_process_group()
 
-    def write(self, action, *args, **kwargs):
+    def on_rank_0(self, action, *args, **kwargs):
         """Let rank 0 act, and the others wait."""
         if self.rank == 0:
             action(*args, **kwargs)
@@ -283,7 +283,7 @@ class Run(Device):
         """Write config.json; or, where it is there, refuse to go on with settings, data or weights other than its."""
         path = self.folder / "config.json"
         if not self.exists(path):
-            self.write(write_whole, path, to_json(identity))
+            self.on_rank_0(write_whole, path, to_json(identity))
         old = flatten(read_json(path))
         new = flatten(identity)
         differences = [
@@ -328,7 +328,7 @@ class Run(Device):
             self.saved_at = time.monotonic()
         return code > 0
 
-    def rehearse(self, model, attempt):
+    def compile_encoder(self, model, attempt):
         """Compile the model's encoder in `attempt`, a forward and backward pass of a full micro-batch. Where that fails
         (no compiler, an old card, an unwritable cache), say so in one line, and leave the model uncompiled."""
         if not self.compile:
