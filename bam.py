@@ -243,8 +243,9 @@ class Adam:
 
 # -------------------------------------------------------------------------- training: one loop for teacher and student
 
-# `run` (runtime.Run) is the device, the run directory and the processes that share them: run.on_rank_0(f, ...) calls f in
-# process 0 while the others wait, and run.exists(path) gives process 0's answer in all of them.
+# `run` (runtime.Run) is the device, the run directory and the processes that share them: run.rank of run.world, and
+# run.all_reduce(x) sums x over them; run.on_rank_0(f, ...) calls f in process 0 while the others wait; run.exists(path)
+# gives process 0's answer in all of them. A dataset's example i is input_ids[offsets[i] : offsets[i + 1]].
 
 
 class Targets:
@@ -275,7 +276,7 @@ class Targets:
 
 
 def upload_examples(dataset, examples, model, run):
-    """The examples (B,) of a dataset as a packed batch on the device."""
+    """The examples (B,) of a dataset as a packed batch on the device, with indices for attention's heads."""
     return upload(pack(dataset, examples), examples, model.config.num_attention_heads, run.device)
 
 
@@ -298,7 +299,8 @@ def add_gradients(model, targets, examples, gold_weight, seed, run):
 
 
 def rehearse(model, targets, lengths, run):
-    """On CUDA, compile the encoder by a pass over the largest micro-batch, that of the longest examples."""
+    """On CUDA, compile the encoder by a pass over the largest micro-batch, that of the longest examples. Its gradients
+    are zeroed."""
     longest = np.argsort(-lengths)[: max(1, run.tokens_at_once // lengths.max())]
     run.compile_encoder(model, lambda: add_gradients(model, targets, longest, 1.0, seed=0, run=run))
 
@@ -321,12 +323,13 @@ def train(model, dataset, teacher_logits, recipe, seed, run, folder=None, evalua
     folder = folder or run.folder
     num_steps = steps_of(recipe, len(dataset))
     sizes = np.bincount(dataset.task_ids)  # examples of each task
-    schedule = sample_schedule(sizes, num_steps, recipe.batch_size, recipe.exponent, seed)  # (num_steps, batch_size)
+    # (num_steps, batch_size) examples; the task of each is drawn with p ∝ size^exponent, and its examples pass in turn.
+    schedule = sample_schedule(sizes, num_steps, recipe.batch_size, recipe.exponent, seed)
     lengths = np.diff(dataset.offsets)  # (N,) tokens of each example
     targets = Targets(dataset, teacher_logits, run.device)
     optimizer = Adam(model, recipe)
     training = training_identity(recipe, dataset, teacher_logits, seed)
-    start = resume(run, folder / CHECKPOINT, optimizer.state(0, num_steps, training))  # fills what state holds
+    start = resume(run, folder / CHECKPOINT, optimizer.state(0, num_steps, training))  # into its vectors
     progress = Progress(
         run, folder, start, recipe.batch_size, lengths[schedule].sum(1),
         describe=lambda step: glue_data.describe_examples(dataset, schedule[step]),
@@ -408,8 +411,8 @@ def dev_scores(model, tasks, data, run):
 def run_regime(experiment, run, name, trial, copy=1):
     """Train a row of the table and return {task: folder of the model that has its head}.
 
-    Its teachers come first, by recursion: so many copies of the teacher's row. The second and later copies are in
-    folders name-2, name-3, ..., which also give them their seeds.
+    Its teachers come first, by recursion: experiment.copies models for each, in folders name, name-2, name-3, ..., and
+    with seeds of their own (model_seed).
     """
     regime = REGIMES[name]
     teachers = []  # {task: folder} of each copy
@@ -433,7 +436,7 @@ def train_model(experiment, run, regime, tasks, teachers, folder):
     """Train one model and leave its folder: weights, tokenizer, metrics, dev predictions, and, last, scores.json."""
     run.on_rank_0(folder.mkdir, parents=True, exist_ok=True)
     seed = model_seed(experiment.seed, folder.relative_to(run.folder))
-    if run.exists(folder / WEIGHTS[0]):
+    if run.exists(folder / WEIGHTS[0]):  # trained, but not evaluated to the end
         model = load_trained(folder, tasks).to(run.device)
     else:
         torch.manual_seed(seed)

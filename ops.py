@@ -45,12 +45,8 @@ def dropout(x, p):
 
 @functools.cache
 def compiled(function):
-    """The function under torch.compile, as one graph for every size of the dimensions that `upload` marks.
-
-    Memory-efficient attention is used in place of cuDNN's, whose gradients are NaN with a mask where L % 128 is 64
-    (pytorch#196678), and mix-order reduction is off, since it gets LayerNorm's gradients wrong (pytorch#193061).
-    """
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    """The function under torch.compile, as one graph for every size of the dimensions that `upload` marks. Mix-order
+    reduction is off, since it gets LayerNorm's gradients wrong (pytorch#193061)."""
     return torch.compile(function, fullgraph=True, options={"triton.mix_order_reduction": False})
 
 
@@ -88,6 +84,8 @@ def upload_padded(tokens, cu_seqlens, examples, device):
     flat = torch.from_numpy(np.concatenate(arrays, dtype=np.int32, casting="same_kind"))
     if device.type == "cuda":
         flat = flat.pin_memory()
+        # Memory-efficient attention instead, since with a mask cuDNN's has NaN gradients at some sizes (pytorch#196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
     flat = flat.to(device, non_blocking=True)
     *tokens, cls, pad, unpad, lengths, examples = flat.split([len(array) for array in arrays])
     positions = torch.arange(len(pad) // len(cls), device=device)  # (L,)

@@ -334,9 +334,9 @@ class Run(Device):
         if not self.compile:
             return
         self.say("compiling the encoder takes about a minute, the first time")
-        model.compiled = compiled(type(model).pooled_output)
         try:
             torch.compiler.set_stance("default")
+            model.compiled = compiled(type(model).pooled_output)
             attempt()
             torch.compiler.set_stance("eager_on_recompile")  # an unforeseen shape costs time, and ends nothing
         except torch.OutOfMemoryError:
