@@ -32,7 +32,7 @@ from inputs import checkpoint_folder, data_folder, identity, load_data, parse_ar
 from model import WEIGHTS, CheckpointError, load_pretrained, save_pretrained
 from ops import upload
 from runtime import (
-    CHECKPOINT, Progress, Run, UsageError, command, flatten, keep_freed_memory, previous, read_json, resume,
+    CHECKPOINT, Progress, Run, UsageError, command, differences, keep_freed_memory, previous, read_json, resume,
     save_checkpoint, show, to_json, within_memory, write_whole,
 )  # fmt: skip
 from wordpiece import Tokenizer
@@ -52,12 +52,12 @@ class Recipe:
 
     learning_rate: float = setting(5e-5, "peak rate; higher for the larger batches of several tasks")
     batch_size: int = setting(32, "examples a step; larger where tasks mix", low=1)
-    epochs: float = setting(3.0, "a training takes epochs · N / batch_size steps, however the tasks are sampled")
+    epochs: float = setting(3.0, "a training takes epochs · N / batch_size steps, however sampled", high=1e6)
     warmup: float = setting(0.1, "part of the steps over which the rate rises from 0; Adam needs it here", high=1)
     layer_decay: float = setting(0.9, "α: a layer's rate is α times that of the layer above; low layers are general")
     weight_decay: float = setting(0.01, "decoupled; not on biases and LayerNorm")
     clip_norm: float = setting(1.0, "largest norm of a batch's summed gradient; active at nearly every step", low=1e-9)
-    exponent: float = setting(0.75, "tasks are sampled with p ∝ size^exponent: 1 by size, 0 all alike")
+    exponent: float = setting(0.75, "tasks are sampled with p ∝ size^exponent: 1 by size, 0 all alike", high=10)
     gold_weight: float | None = setting(None, "λ: none for step / num_steps; or constant, 0 teacher to 1 gold", high=1)
     max_length: int = setting(128, "tokens that an example is cut to; few GLUE examples are longer", low=8)
 
@@ -119,8 +119,8 @@ class Experiment:
 # ------------------------------------------------------------------------------------- the idea (the paper, section 3)
 
 # K is the number of outputs of a model's tasks together: 2 for RTE's teacher, 16 for all eight. Each task owns some of
-# them. A model gives all K for every example. Labels (N, K) are one-hot, or the score as a fraction of its range, in the
-# columns that the example's task owns, and 0 in the others; so are the teachers' logits (N, K).
+# them. A model gives all K for every example. Labels (N, K) are one-hot, or the score as a fraction of its range, in
+# the columns that the example's task owns, and 0 in the others; teachers' logits (N, K) are laid out alike.
 
 
 def annealing_weight(step, num_steps, gold_weight=None, has_teacher=True):
@@ -238,7 +238,8 @@ class Adam:
 
     def state(self, *steps):
         """{name: tensor} that a checkpoint holds; steps: how far which training is."""
-        return {"values": self.values, "mean": self.mean, "square": self.square, "steps": torch.tensor(steps)}
+        steps = torch.tensor(steps, device=self.values.device)
+        return {"values": self.values, "mean": self.mean, "square": self.square, "steps": steps}
 
 
 # -------------------------------------------------------------------------- training: one loop for teacher and student
@@ -305,9 +306,10 @@ def rehearse(model, targets, lengths, run):
     run.compile_encoder(model, lambda: add_gradients(model, targets, longest, 1.0, seed=0, run=run))
 
 
-def training_identity(recipe, dataset, teacher_logits, seed):
+def training_identity(model, recipe, dataset, teacher_logits, seed):
     """A number that changes with whatever decides a training, so that none resumes another's checkpoint."""
     arrays = [dataset.input_ids, dataset.labels] + ([] if teacher_logits is None else [teacher_logits])
+    arrays.append(model.word_embeddings.weight[:100].detach().cpu().numpy())  # enough to tell checkpoints apart
     digest = hashlib.sha256(repr((recipe, seed)).encode())
     for array in arrays:
         digest.update(np.ascontiguousarray(array))
@@ -327,8 +329,8 @@ def train(model, dataset, teacher_logits, recipe, seed, run, folder=None, evalua
     schedule = sample_schedule(sizes, num_steps, recipe.batch_size, recipe.exponent, seed)
     lengths = np.diff(dataset.offsets)  # (N,) tokens of each example
     targets = Targets(dataset, teacher_logits, run.device)
+    training = training_identity(model, recipe, dataset, teacher_logits, seed)
     optimizer = Adam(model, recipe)
-    training = training_identity(recipe, dataset, teacher_logits, seed)
     start = resume(run, folder / CHECKPOINT, optimizer.state(0, num_steps, training))  # into its vectors
     progress = Progress(
         run, folder, start, recipe.batch_size, lengths[schedule].sum(1),
@@ -512,7 +514,8 @@ def collect(folders, tasks):
     results = {}
     for regime_name, regime in REGIMES.items():
         for name in (regime_name + TEACHER, regime_name):
-            tops = [top for folder in folders for top in sorted(folder.glob(f"trial-*/{name}"), key=trial_number)]
+            tops = [top for folder in folders for top in folder.glob(f"trial-*/{name}") if trial_number(top)]
+            tops.sort(key=lambda top: (folders.index(top.parents[1]), trial_number(top)))
             for top in tops:
                 paths = [model / "scores.json" for model in models_of(regime, tasks, top)]
                 if all(path.exists() for path in paths):
@@ -522,8 +525,9 @@ def collect(folders, tasks):
 
 
 def trial_number(top):
-    """The N of trial-N/REGIME."""
-    return int(top.parent.name.removeprefix("trial-"))
+    """The N of trial-N/REGIME; 0 for a folder of another name, such as a copy."""
+    number = top.parent.name.removeprefix("trial-")
+    return int(number) if number.isdecimal() else 0
 
 
 def summarize(results, tasks):
@@ -655,16 +659,23 @@ def report(run, tasks):
 
 def compare(folders):
     """Print one table over run directories, and in what else than the seed their configurations differ."""
-    configs = [flatten(read_json(folder / "config.json")) for folder in folders]
-    for folder, config in zip(folders[1:], configs[1:], strict=True):
+    configs = [read_json(folder / "config.json") for folder in folders]
+    for folder, config in zip(folders, configs, strict=True):
+        if not isinstance(config, dict) or "tasks" not in config:
+            raise UsageError(f"--table: {folder} is no run directory of bam.py")
         if config["tasks"] != configs[0]["tasks"]:
-            tasks = [",".join(tasks) for tasks in (config["tasks"], configs[0]["tasks"])]
+            tasks = [",".join(other["tasks"]) for other in (config, configs[0])]
             raise UsageError(f"--table: {folder} has {tasks[0]}, and {folders[0]} {tasks[1]}; expected the same tasks")
-        for name in {**configs[0], **config}:
-            if name != "seed" and config.get(name) != configs[0].get(name):
-                show(f"{folder}: {name} is {config.get(name)!r}, and {configs[0].get(name)!r} in {folders[0]}")
+        for name, value, first in differences(config, configs[0]):
+            if name != "seed":
+                show(f"{folder}: {name} is {value!r}, and {first!r} in {folders[0]}")
+    if len({config["seed"] for config in configs}) < len(configs):
+        raise UsageError("--table: two of the runs have one seed; expected another in each")
     tasks = [glue_data.find_task(name) for name in configs[0]["tasks"]]
-    show(table(summarize(collect(folders, tasks), tasks), tasks), end="")
+    results = collect(folders, tasks)
+    if not results:
+        raise UsageError("--table: no regime is finished in these folders")
+    show(table(summarize(results, tasks), tasks), end="")
 
 
 def main(argv=None):

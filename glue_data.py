@@ -233,6 +233,12 @@ def read_label(task, word, path, line):
 
 
 COLUMN_NAME = re.compile(r"[\"'#]?\d* ?[\w-]+( ?\d+| [A-Za-z])?[\"']?", re.ASCII)  # text, #1 String, Sentence 2, ...
+COLUMN_WORDS = set("answer context first hypothesis id index label one passage premise query question second sentence "
+                   "string text two".split())  # fmt: skip
+
+
+def words_of(name):
+    return set(re.findall("[^\\W\\d_]+", name.lower()))
 
 
 def read_sentences(task, data, path):
@@ -243,7 +249,7 @@ def read_sentences(task, data, path):
     """
     names = first_line(data)
     header = () if set(task.text) <= set(names) else task.text
-    if header and data and all(COLUMN_NAME.fullmatch(name) for name in names):
+    if header and data and all(COLUMN_NAME.fullmatch(name) or words_of(name) <= COLUMN_WORDS for name in names):
         expected = f"expected the column names {' and '.join(task.text)}, or no header"
         raise DataError(f"{path}, line 1: {brief(names)} looks like a header; {expected}")
     return sentences_of(task, [words for _, words in parse_tsv(data, path, task.text, header)], path)
@@ -355,7 +361,8 @@ def load_cached(cache, task, split, root, tokenizer, *settings):
     key = repr((task, split, settings, tokenizer.fingerprint(), digests))
     path = cache / f"{task.name}-{split}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     if path.exists():
-        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(path) as arrays:  # damaged
+        damages = OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile
+        with contextlib.suppress(*damages), np.load(path) as arrays:
             return Dataset((task,), **arrays)
     dataset = load_dataset(task, split, root, tokenizer, *settings)
     arrays = {field.name: getattr(dataset, field.name) for field in fields(dataset)[1:]}

@@ -121,7 +121,7 @@ def add_machine_flags(parser):
     add("--save-steps", type=count, default=0, metavar="N", help="the same in steps, whichever comes first")
     add("--evaluate-every", type=count, default=0, metavar="N", help="steps between dev scores in metrics.jsonl")
     wait = "how long processes wait for each other, downloads by process 0 included (default 30)"
-    add("--wait-minutes", type=number(float, 0.1), default=30, metavar="X", help=wait)
+    add("--wait-minutes", type=number(float, 0.1, 1e6), default=30, metavar="X", help=wait)
 
 
 def recipes(args, defaults):
@@ -185,7 +185,8 @@ def load_data(run, tasks, folder, checkpoint, max_length, limit):
         for split, dataset in data[task.name].items():
             unknown = dataset.unknown_share(tokenizer.unk_id)
             if unknown > 0.05:
-                run.say(f"warning: {unknown:.0%} of the tokens of {task.folder} {split} are [UNK]; is the tokenizer right?")
+                share = f"{unknown:.0%} of the tokens of {task.folder} {split} are [UNK]"
+                run.say(f"warning: {share}; is it the right tokenizer?")
     return data
 
 
@@ -200,6 +201,7 @@ def identity(experiment, run, folder, limit):
             files |= {prefix + path.name: path for path in paths}
     return {
         "tasks": [task.name for task in experiment.tasks],
+        "labels": {task.name: list(task.labels) for task in experiment.tasks},
         "seed": experiment.seed,
         "teachers": experiment.copies,
         "limit": limit,

@@ -152,7 +152,7 @@ class MultiTaskBert(nn.Module):
         return self.embeddings_project(x)  # (T, H)
 
     def encode(self, input_ids, segment_ids, position_ids, layout):
-        """(T,) each to the outputs of the embeddings and of every layer: (T, H), but (B, H), [CLS] alone, of the last."""
+        """(T,) each to the outputs of embeddings and layers, a list: (T, H), but of the last (B, H), [CLS] alone."""
         outputs = [self.embed(input_ids, segment_ids, position_ids)]
         for layer in self.layers:
             outputs.append(layer(outputs[-1], layout, only_cls=layer is self.layers[-1]))
@@ -221,17 +221,23 @@ def read_config(path):
                 raise CheckpointError(f"{path}: {key} is {values[key]!r}; expected {expected}")
         known = {name: values[name] for name in BertConfig.__dataclass_fields__ if name in values}
         config = BertConfig(**known)
-        heads_fit = config.hidden_size % config.num_attention_heads == 0
-        num_weights = config.hidden_size * config.num_hidden_layers * config.vocab_size
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); expected BERT's configuration") from error
     except CheckpointError:
         raise
-    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not BERT's configuration ({error})") from error
-    if not heads_fit or not num_weights > 0:
+    for name, field in BertConfig.__dataclass_fields__.items():
+        value = getattr(config, name)
+        least = {"type_vocab_size": 2, "embedding_size": 0}.get(name, 1)
+        is_size = type(value) is int and value >= least
+        is_share = type(value) in (int, float) and 0 <= value < 1
+        if (field.type is int and not is_size) or (field.type is float and not is_share):
+            expected = f"a whole number from {least}" if field.type is int else "a number from 0 to below 1"
+            raise CheckpointError(f"{path}: {name} is {value!r}; expected {expected}")
+    if config.hidden_size % config.num_attention_heads:
         sizes = f"hidden_size {config.hidden_size}, {config.num_attention_heads} heads"
-        raise CheckpointError(f"{path}: {sizes}; expected positive sizes and a hidden_size that the heads divide")
+        raise CheckpointError(f"{path}: {sizes}; expected a hidden_size that the heads divide")
     return config
 
 

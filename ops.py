@@ -84,9 +84,9 @@ def upload_padded(tokens, cu_seqlens, examples, device):
     flat = torch.from_numpy(np.concatenate(arrays, dtype=np.int32, casting="same_kind"))
     if device.type == "cuda":
         flat = flat.pin_memory()
-        # Memory-efficient attention instead, since with a mask cuDNN's has NaN gradients at some sizes (pytorch#196678).
+        # With a mask, cuDNN's attention has NaN gradients at some sizes (pytorch#196678); memory-efficient attention not.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    flat = flat.to(device, non_blocking=True)
+    flat = flat.to(device, non_blocking=device.type == "cuda")
     *tokens, cls, pad, unpad, lengths, examples = flat.split([len(array) for array in arrays])
     positions = torch.arange(len(pad) // len(cls), device=device)  # (L,)
     mask = (positions < lengths[:, None])[:, None, None]  # (B, 1, 1, L)
@@ -97,7 +97,7 @@ def upload_padded(tokens, cu_seqlens, examples, device):
 
 
 def padded_indices(lengths):
-    """cls (B,), pad (B · L,) and unpad (T,) of a Padded layout; L is a multiple of 8, which attention's kernels want."""
+    """cls (B,), pad (B · L,) and unpad (T,) of a Padded layout. L is a multiple of 8, as attention's kernels want."""
     longest = -(-lengths.max() // 8) * 8
     starts = np.cumsum(lengths) - lengths
     positions = np.arange(longest)

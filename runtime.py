@@ -85,6 +85,18 @@ def flatten(tree, prefix=""):
     return flat
 
 
+def differences(one, other):
+    """[(dotted name, value in one, value in other)] of nested dicts, where they differ; 'nothing' for no value."""
+    one, other = flatten(one), flatten(other)
+    pairs = [(name, one.get(name, "nothing"), other.get(name, "nothing")) for name in {**one, **other}]
+    return [(name, first, second) for name, first, second in pairs if first != second]
+
+
+def first_line(error):
+    """The first line of an error's text, or its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 # -------------------------------------------------------------------------------------------------------------- device
 
 
@@ -106,7 +118,7 @@ class Device:
         try:
             self.device = torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:
-            raise UsageError(f"--device: {name!r} cannot be used ({str(error).splitlines()[0]})") from error
+            raise UsageError(f"--device: {name!r} cannot be used ({first_line(error)})") from error
         self.bfloat16 = multiplies_bfloat16(self.device) if precision == "auto" else precision == "bfloat16"
         self.tokens_at_once = CUDA_TOKENS if self.device.type == "cuda" else CPU_TOKENS
         self.signals = []  # those that have asked to stop
@@ -115,6 +127,11 @@ class Device:
         """Sum the tensor over all processes, in place."""
         if self.world > 1:
             dist.all_reduce(tensor)
+
+    def broadcast(self, tensor):
+        """Give process 0's tensor to all processes, in place."""
+        if self.world > 1:
+            dist.broadcast(tensor, 0)
 
     def stop_if_asked(self):
         """Raise KeyboardInterrupt where a signal has asked to stop."""
@@ -182,8 +199,9 @@ def processes():
             problem = f"WORLD_SIZE is {given['WORLD_SIZE']}, and {name} is {value or 'not set'}"
             raise UsageError(f"{problem}; expected all of torchrun's variables or none")
     rank, world = int(given["RANK"]), int(given["WORLD_SIZE"])
-    if rank >= world:
-        raise UsageError(f"WORLD_SIZE is {world}, and RANK is {rank}; expected a smaller one")
+    if rank >= world or int(given["MASTER_PORT"]) > 65535:
+        found = ", ".join(f"{name} is {value}" for name, value in given.items())
+        raise UsageError(f"{found}; expected RANK below WORLD_SIZE, and a port up to 65535")
     return rank, world
 
 
@@ -231,11 +249,18 @@ class Run(Device):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             lock.seek(0)
-            raise UsageError(f"{self.folder}: another command is at work there ({lock.read().strip()})") from error
+            holder = lock.read().strip()
+            if holder == self.holder():
+                holder = "an earlier Run of this process: use `with`, or delete it"
+            raise UsageError(f"{self.folder}: another command is at work there ({holder})") from error
         except OSError:  # a file system without locks
             pass
         lock.truncate(0)
-        print(f"process {os.getpid()} on {socket.gethostname()}", file=lock, flush=True)
+        print(self.holder(), file=lock, flush=True)
+
+    def holder(self):
+        """Who holds the lock."""
+        return f"process {os.getpid()} on {socket.gethostname()}"
 
     def join(self, wait_minutes):
         """Find the other processes."""
@@ -264,8 +289,7 @@ class Run(Device):
     def exists(self, path):
         """Whether rank 0 finds the file: processes that ask at different moments must still act alike."""
         found = torch.tensor(path.exists(), dtype=torch.int32, device=self.device)
-        if self.world > 1:
-            dist.broadcast(found, 0)
+        self.broadcast(found)
         return bool(found)
 
     def say(self, line, live=False):
@@ -284,16 +308,10 @@ class Run(Device):
         path = self.folder / "config.json"
         if not self.exists(path):
             self.on_rank_0(write_whole, path, to_json(identity))
-        old = flatten(read_json(path))
-        new = flatten(identity)
-        differences = [
-            f"  {name}: {old.get(name, 'nothing')!r} there, {new.get(name, 'nothing')!r} here"
-            for name in {**old, **new}
-            if old.get(name, "nothing") != new.get(name, "nothing")
-        ]
-        if differences:
+        lines = [f"  {name}: {old!r} there, {new!r} here" for name, old, new in differences(read_json(path), identity)]
+        if lines:
             problem = f"{path}: this folder holds another run; name a new one with --out"
-            raise UsageError("\n".join([problem, *differences]))
+            raise UsageError("\n".join([problem, *lines]))
 
     def catch_signals(self):
         """Stop at the next step, with everything saved, on the signals that terminals and schedulers send."""
@@ -344,8 +362,7 @@ class Run(Device):
         except Exception as error:  # compilers raise whatever they meet
             self.compile = False
             model.compiled = None
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-            self.say(f"cannot compile ({reason}): continuing uncompiled")
+            self.say(f"cannot compile ({type(error).__name__}: {first_line(error)}): continuing uncompiled")
         model.zero_grad(set_to_none=False)
 
 
@@ -367,24 +384,33 @@ def save_checkpoint(path, tensors):
 
 
 def resume(run, path, state):
-    """Restore {name: tensor} in place from the latest checkpoint, and return its step, or 0 where there is none. One
-    that is damaged, or of another training, is named, and the one before it used."""
-    present = [candidate for candidate in (path, previous(path)) if run.exists(candidate)]
+    """Restore {name: tensor} in place from the latest checkpoint, in all processes what process 0 finds, and return its
+    step, or 0 where there is none."""
+    if run.rank == 0:
+        restore(run, path, state)
+    for tensor in state.values():
+        run.broadcast(tensor)
+    return int(state["steps"][0])
+
+
+def restore(run, path, state):
+    """Fill {name: tensor} from the latest checkpoint. One that is damaged, or of another training, is named, and the
+    one before it used."""
+    present = [candidate for candidate in (path, previous(path)) if candidate.exists()]
     for candidate in present:
         try:
             saved = read_safetensors(candidate)
             same_shapes = {n: t.shape for n, t in saved.items()} == {n: t.shape for n, t in state.items()}
-            if not same_shapes or not torch.equal(saved["steps"][1:], state["steps"][1:]):
+            if not same_shapes or saved["steps"][1:].tolist() != state["steps"][1:].tolist():
                 raise CheckpointError(f"{candidate}: is of another training")
         except CheckpointError as error:
             run.say(f"{error}; going back to the one before it")
             continue
         for name, tensor in state.items():
             tensor.copy_(saved[name])
-        return int(state["steps"][0])
+        return
     if present:
         run.say(f"{path}: no checkpoint can be used; the training of this model starts again")
-    return 0
 
 
 # ------------------------------------------------------------------------------------------------------------ progress
@@ -515,7 +541,8 @@ def command(name, main, argv=None):
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):  # gloo's has no class of its own
             raise
-        status, message = 1, "error: another process was lost, whose own message says why, or did not come in time"
+        reason = f"another process was lost, whose own message says why, or did not come in time ({first_line(error)})"
+        status, message = 1, f"error: {reason}"
     except KeyboardInterrupt:
         status, message = 130, f"interrupted{resumes}"
     if message and sys.stderr is not None:

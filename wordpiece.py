@@ -33,8 +33,11 @@ class Tokenizer:
     """
 
     def __init__(self, folder):
-        vocab = read_vocab(Path(folder))  # {token: id}
-        self.settings, source = read_settings(Path(folder), vocab)
+        try:
+            vocab = read_vocab(Path(folder))  # {token: id}
+            self.settings, source = read_settings(Path(folder), vocab)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise DataError(f"{folder}: its tokenizer's files are not BERT's ({error!r})") from error
         self.description = f"{'uncased' if self.settings['lowercase'] else 'cased'}, {source}"
         self.size = len(vocab)
         self.cls_id = vocab["[CLS]"]
@@ -100,6 +103,8 @@ def read_vocab(folder):
             if token in vocab:
                 raise DataError(f"{path}, line {line}: {brief([token])} stands on line {vocab[token] + 1} already")
             vocab[token] = line - 1
+    if any(re.search(r"[\t\r\n]", token) for token in vocab):
+        raise DataError(f"{path}: a token holds a tab or a line break; expected BERT's vocabulary")
     for token in ("[UNK]", "[CLS]", "[SEP]"):
         if token not in vocab:
             raise DataError(f"{path}: no {token} among {len(vocab)} tokens; expected BERT's vocabulary")
