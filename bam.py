@@ -669,8 +669,8 @@ def compare(folders):
         for name, value, first in differences(config, configs[0]):
             if name != "seed":
                 show(f"{folder}: {name} is {value!r}, and {first!r} in {folders[0]}")
-    if len({config["seed"] for config in configs}) < len(configs):
-        raise UsageError("--table: two of the runs have one seed; expected another in each")
+    if len({to_json(config) for config in configs}) < len(configs):
+        raise UsageError("--table: two of the runs are the same, and their seed too; expected another seed")
     tasks = [glue_data.find_task(name) for name in configs[0]["tasks"]]
     results = collect(folders, tasks)
     if not results:

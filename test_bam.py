@@ -1782,7 +1782,7 @@ def test_a_submission_has_its_files_and_names_those_it_lacks(quick, small):
     assert not list(small[1].glob("**/submission.zip")) and "collapsed run: every answer is " in quick[1]
 
 
-def test_a_repeated_command_trains_nothing_and_another_one_is_refused(small, command):
+def test_a_repeated_command_trains_nothing_and_another_one_is_refused(small, command, monkeypatch):
     """Where it differs; and as long as the first one is at work, in one line with its process and host."""
     kept = ["**/*.safetensors", "**/*.json", "**/*.jsonl"]
     before = files_of(small[1], kept)
@@ -1793,6 +1793,8 @@ def test_a_repeated_command_trains_nothing_and_another_one_is_refused(small, com
     assert status == 2 and "holds another run" in stderr and "seed: 0 there, 1 here" in stderr
     assert "single.learning_rate: 5e-05 there, 0.002 here" in stderr and files_of(small[1], kept) == before
     with Run(small[1], "cpu"):
+        assert "an earlier Run of this process" in command(*again)[2]
+        monkeypatch.setattr(Run, "holder", lambda self: "another process")
         holder = f"process {os.getpid()} on {platform.node()}"
         refusal = f"bam.py: error: {small[1]}: another command is at work there ({holder})\n"
         assert command(*again)[::2] == (2, refusal)
@@ -1973,7 +1975,7 @@ def test_distributed_variables_count_only_together(small, command, tmp_path, mon
         ({"WORLD_SIZE": "4"}, "WORLD_SIZE is 4, and RANK is not set; expected all of torchrun's variables or none"),
         (TOGETHER | {"MASTER_PORT": "x"}, "MASTER_PORT is x"),
         (TOGETHER | {"WORLD_SIZE": "x"}, "WORLD_SIZE is x"),
-        (TOGETHER | {"RANK": "2"}, "RANK is 2; expected a smaller one"),
+        (TOGETHER | {"RANK": "2"}, "expected RANK below WORLD_SIZE"),
     ]:
         for name in (*TOGETHER, "LOCAL_RANK"):
             monkeypatch.setenv(name, variables.get(name, ""))
@@ -2167,6 +2169,8 @@ def test_regimes_trials_and_constant_weights(small, quick, command, tmp_path):
     assert status == 0 and f"{small[1]}: single.gold_weight is None, and 0.5 in {tmp_path}\n" in stdout
     assert stdout.count("  3 trials") == 2 and stdout.count("  2 trials") == 5
     assert "expected the same tasks" in command("--table", small[1], quick[0])[2]
+    assert "two of the runs are the same" in command("--table", small[1], small[1])[2]
+    assert "is no run directory" in command("--table", small[1] / "trial-1" / "single" / "rte")[2]
 
 
 def test_teachers_of_another_checkpoint_teach_by_their_outputs_alone(small, command, tmp_path, monkeypatch):
