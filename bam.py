@@ -32,7 +32,7 @@ from inputs import checkpoint_folder, data_folder, identity, load_data, parse_ar
 from model import WEIGHTS, CheckpointError, load_pretrained, save_pretrained
 from ops import upload
 from runtime import (
-    CHECKPOINT, Progress, Run, UsageError, command, differences, keep_freed_memory, previous, read_json, resume,
+    CHECKPOINT, Progress, Run, UsageError, command, differences, previous, read_json, resume,
     save_checkpoint, show, to_json, within_memory, write_whole,
 )  # fmt: skip
 from wordpiece import Tokenizer
@@ -237,7 +237,7 @@ class Adam:
         return norm
 
     def state(self, *steps):
-        """{name: tensor} that a checkpoint holds; steps: how far which training is."""
+        """{name: tensor} that a checkpoint holds; steps: (steps done, num_steps, the training's identity)."""
         steps = torch.tensor(steps, device=self.values.device)
         return {"values": self.values, "mean": self.mean, "square": self.square, "steps": steps}
 
@@ -283,7 +283,7 @@ def upload_examples(dataset, examples, model, run):
 
 @within_memory  # where it runs out, the gradients are zeroed, and all is done again in smaller micro-batches
 def add_gradients(model, targets, examples, gold_weight, seed, run):
-    """Add the gradient of the examples' summed loss to the parameters', and return the loss.
+    """Add the gradient of the examples' summed loss to the parameters' (zero before), and return the loss.
 
     The gradient of a sum is the sum of gradients: a micro-batch at a time, as many tokens as the device holds at once.
     """
@@ -331,7 +331,7 @@ def train(model, dataset, teacher_logits, recipe, seed, run, folder=None, evalua
     targets = Targets(dataset, teacher_logits, run.device)
     training = training_identity(model, recipe, dataset, teacher_logits, seed)
     optimizer = Adam(model, recipe)
-    start = resume(run, folder / CHECKPOINT, optimizer.state(0, num_steps, training))  # into its vectors
+    start = resume(run, folder / CHECKPOINT, optimizer.state(0, num_steps, training))  # overwrites these
     progress = Progress(
         run, folder, start, recipe.batch_size, lengths[schedule].sum(1),
         describe=lambda step: glue_data.describe_examples(dataset, schedule[step]),
@@ -349,7 +349,7 @@ def train(model, dataset, teacher_logits, recipe, seed, run, folder=None, evalua
         if run.evaluate_every and (step + 1) % run.evaluate_every == 0 and evaluate_now:
             progress.write({"step": step + 1, "dev": evaluate_now()})
             model.train()
-        if run.time_to_save(step):
+        if run.time_to_save(step):  # or a signal has asked to stop
             progress.sync()  # raises for NaN, which no checkpoint must hold
             run.on_rank_0(save_checkpoint, folder / CHECKPOINT, optimizer.state(step + 1, num_steps, training))
             run.stop_if_asked()
@@ -683,7 +683,6 @@ def main(argv=None):
     args = parse_args(argv, __doc__, (SINGLE, MULTI), REGIMES)
     if args.table:
         return compare(args.table)
-    keep_freed_memory()
     with Run(
         args.out, args.device, args.precision, args.save_minutes, args.save_steps, args.compile, args.wait_minutes,
         args.evaluate_every,

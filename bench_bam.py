@@ -38,7 +38,7 @@ import model as bert
 import ops
 from glue_data import TASKS, Dataset, concatenate
 from model import BertConfig, MultiTaskBert
-from runtime import CUDA_TOKENS, Device, Run, command, keep_freed_memory
+from runtime import CUDA_TOKENS, Device, Run, command
 from wordpiece import Tokenizer
 
 # -------------------------------------------------------------------------------------------------- sizes and examples
@@ -460,16 +460,9 @@ def ablations(bench):
         with mock.patch.object(*patch):
             step(batch)
 
-    def step_that_returns_memory(batch):
-        keep_freed_memory(2**26)  # what glibc ends up with by itself once large blocks were freed
-        step(batch)
-        keep_freed_memory()
-
     functions = {"ours": step}
     for name, patch in left_out(bench).items():
         functions[f"without {name}"] = functools.partial(step_without, patch)
-    if bench.on_cpu:
-        functions["without freed memory kept"] = step_that_returns_memory
     bench.compare("ablation", functions, bench.examples.batches(bench.args.rounds, bam.MULTI.batch_size))
 
 
@@ -582,7 +575,6 @@ def main(argv=None):
     args = parse_args(argv)
     if args.limits:
         return limits(args.limits)
-    keep_freed_memory()  # as in bam.py; the peers of this process have it too
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, Path(folder))
         compiling(bench)

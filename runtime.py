@@ -10,7 +10,6 @@ Nothing here knows the paper: bam.py decides what is trained, and asks a Run to 
 """
 
 import contextlib
-import ctypes
 import datetime
 import fcntl
 import functools
@@ -178,17 +177,6 @@ def multiplies_bfloat16(device):
     return device.type == "cpu" and not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
 
 
-def keep_freed_memory(most=2**31 - 1):
-    """Let glibc keep what a step frees, in blocks below 32 MB and up to `most` bytes, for the next step, rather than
-    have it mapped again page by page: a setting of the whole process, worth a seventh of a step's time on a CPU."""
-    trim_threshold = -1  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h
-    mmap_threshold = -3
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-        glibc = ctypes.CDLL(None)
-        glibc.mallopt(mmap_threshold, 2**25)  # bytes; the most it takes
-        glibc.mallopt(trim_threshold, most)
-
-
 def processes():
     """(rank, number of processes) by torchrun's variables, which count only together. Raises UsageError."""
     given = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")}
@@ -317,7 +305,7 @@ class Run(Device):
         """Stop at the next step, with everything saved, on the signals that terminals and schedulers send."""
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
             number = getattr(signal, name)
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, for one
+            if name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:  # which nohup ignores
                 signal.signal(number, self.ask_to_stop)
 
     def ask_to_stop(self, number, _):
