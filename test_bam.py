@@ -1869,7 +1869,7 @@ def test_a_run_killed_anywhere_ends_in_the_same_bits(quick, tmp_path):
     arguments = ["--demo", "--task", "rte,stsb", "--limit", "50", "--epochs", "1", "--batch-size", "16", *EXACT]
     program = f"RESULTS = {RESULTS}\n{CAMPAIGN}"
     shutil.copytree(quick[0] / "demo", tmp_path / "undisturbed" / "demo")
-    result = run_python("-c", program, tmp_path, os.environ.get("BAM_KILLS", "12"), *arguments)
+    result = run_python("-c", program, tmp_path, os.environ.get("BAM_KILLS", "8"), *arguments)
     assert result.returncode == 0, result.stderr + (tmp_path / "output").read_text()[-2000:]
     print(result.stdout)
 
@@ -2319,7 +2319,7 @@ def test_readme_torchrun_commands_run(readers_folder):
     changes = {"HOST": "127.0.0.1", "=8": "=1", "/shared/": "shared/", "bam.py": str(HERE / "bam.py")}
     words = [re.sub("|".join(changes), lambda match: changes[match[0]], word) for word in two[2:]]
     words = [sys.executable, "-m", "torch.distributed.run", *words, "--task", "rte", *SHORT]
-    words += ["--epochs=60", "--save-minutes=0"]
+    words += ["--epochs=30", "--save-minutes=0"]
     environment = ENVIRONMENT | dict([two[0].split("=")])
     streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "env": environment}
     machines = [subprocess.Popen(words, **streams) for _ in range(2)]
