@@ -86,7 +86,8 @@ def flatten(tree, prefix=""):
 
 def differences(one, other):
     """[(dotted name, value in one, value in other)] of nested dicts, where they differ; 'nothing' for no value."""
-    one, other = flatten(one), flatten(other)
+    one = flatten(one)
+    other = flatten(other)
     pairs = [(name, one.get(name, "nothing"), other.get(name, "nothing")) for name in {**one, **other}]
     return [(name, first, second) for name, first, second in pairs if first != second]
 
@@ -186,7 +187,8 @@ def processes():
         if not value or name != "MASTER_ADDR" and not value.isdecimal():
             problem = f"WORLD_SIZE is {given['WORLD_SIZE']}, and {name} is {value or 'not set'}"
             raise UsageError(f"{problem}; expected all of torchrun's variables or none")
-    rank, world = int(given["RANK"]), int(given["WORLD_SIZE"])
+    rank = int(given["RANK"])
+    world = int(given["WORLD_SIZE"])
     if rank >= world or int(given["MASTER_PORT"]) > 65535:
         found = ", ".join(f"{name} is {value}" for name, value in given.items())
         raise UsageError(f"{found}; expected RANK below WORLD_SIZE, and a port up to 65535")
@@ -514,25 +516,28 @@ def command(name, main, argv=None):
         with contextlib.suppress(AttributeError):  # closed, or somebody's own
             stream.reconfigure(errors="backslashreplace")  # λ in an encoding that lacks it
     resumes = "; the same command resumes from the last checkpoint" if name == "bam.py" else ""
+
+    def end(status, message):
+        if sys.stderr is not None:
+            show(f"{name}: {message}", file=sys.stderr)
+        return status
+
     try:
         main(argv)
         if sys.stdout is not None:
             sys.stdout.flush()
         return 0
     except (UsageError, DataError, CheckpointError) as error:
-        status, message = 2, f"error: {error}"
+        return end(2, f"error: {error}")
     except BrokenPipeError:  # of predict.py | head
         show("", end="")
-        status, message = 1, ""
+        return 1
     except (TrainingError, OSError, torch.OutOfMemoryError) as error:  # OSError: a full disk
-        status, message = 1, f"error: {error}{resumes}"
+        return end(1, f"error: {error}{resumes}")
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):  # gloo's has no class of its own
             raise
         reason = f"another process was lost, whose own message says why, or did not come in time ({first_line(error)})"
-        status, message = 1, f"error: {reason}"
+        return end(1, f"error: {reason}")
     except KeyboardInterrupt:
-        status, message = 130, f"interrupted{resumes}"
-    if message and sys.stderr is not None:
-        show(f"{name}: {message}", file=sys.stderr)
-    return status
+        return end(130, f"interrupted{resumes}")
