@@ -441,14 +441,13 @@ def train_model(experiment, run, regime, tasks, teachers, folder):
     if run.exists(folder / WEIGHTS[0]):  # trained, but not evaluated to the end
         model = load_trained(folder, tasks).to(run.device)
     else:
-        torch.manual_seed(seed)
-        model = load_pretrained(experiment.checkpoint, {task.name: task.num_outputs for task in tasks}).to(run.device)
         dataset = concatenate([experiment.data[task.name]["train"] for task in tasks])
         teacher_logits = None
         if teachers:
             outputs = [average_teacher(experiment.of_teachers.data, run, task, teachers) for task in tasks]
             teacher_logits = block_diagonal(outputs)  # (N, K), examples in the dataset's order
-
+        torch.manual_seed(seed)
+        model = load_pretrained(experiment.checkpoint, {task.name: task.num_outputs for task in tasks}).to(run.device)
         recipe = experiment.recipe(regime)
         train(
             model, dataset, teacher_logits, recipe, seed, run, folder,
