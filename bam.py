@@ -325,13 +325,13 @@ def train(model, dataset, teacher_logits, recipe, seed, run, folder=None, evalua
     folder = folder or run.folder
     num_steps = steps_of(recipe, len(dataset))
     sizes = np.bincount(dataset.task_ids)  # examples of each task
-    # (num_steps, batch_size) examples; the task of each is drawn with p ∝ size^exponent, and its examples pass in turn.
+    # (num_steps, batch_size) examples: the task of each is drawn with p ∝ size^exponent, in shuffled passes over it.
     schedule = sample_schedule(sizes, num_steps, recipe.batch_size, recipe.exponent, seed)
     lengths = np.diff(dataset.offsets)  # (N,) tokens of each example
     targets = Targets(dataset, teacher_logits, run.device)
     training = training_identity(model, recipe, dataset, teacher_logits, seed)
     optimizer = Adam(model, recipe)
-    start = resume(run, folder / CHECKPOINT, optimizer.state(0, num_steps, training))  # overwrites these
+    start = resume(run, folder / CHECKPOINT, optimizer.state(0, num_steps, training))  # filled from a checkpoint
     progress = Progress(
         run, folder, start, recipe.batch_size, lengths[schedule].sum(1),
         describe=lambda step: glue_data.describe_examples(dataset, schedule[step]),
@@ -407,7 +407,7 @@ def dev_scores(model, tasks, data, run):
 
 # ---------------------------------------------------------------------------------------------------------- born again
 # A student starts from a public checkpoint, not from its teacher's weights; in the paper from the same one, so that it
-# has its teacher's architecture. What passes from one to the other is an array of logits, a line for each example.
+# has its teacher's architecture. What passes from one to the other is an array of logits (N, K).
 
 
 def run_regime(experiment, run, name, trial, copy=1):
