@@ -29,7 +29,7 @@ import figure
 import glue_data
 from glue_data import micro_batches, concatenate, pack, sample_schedule, block_diagonal
 from inputs import checkpoint_folder, data_folder, identity, load_data, parse_args, recipes
-from model import WEIGHTS, CheckpointError, load_pretrained, save_pretrained
+from model import WEIGHTS, load_pretrained, save_pretrained
 from ops import upload
 from runtime import (
     CHECKPOINT, Progress, Run, UsageError, command, differences, previous, read_json, resume,
@@ -52,7 +52,7 @@ class Recipe:
 
     learning_rate: float = setting(5e-5, "peak rate; higher for the larger batches of several tasks")
     batch_size: int = setting(32, "examples a step; larger where tasks mix", low=1)
-    epochs: float = setting(3.0, "a training takes epochs · N / batch_size steps, however sampled", high=1e6)
+    epochs: float = setting(3.0, "epochs · N / batch_size steps, at least one, however tasks are sampled", 1e-3, 1e6)
     warmup: float = setting(0.1, "part of the steps over which the rate rises from 0; Adam needs it here", high=1)
     layer_decay: float = setting(0.9, "α: a layer's rate is α times that of the layer above; low layers are general")
     weight_decay: float = setting(0.01, "decoupled; not on biases and LayerNorm")
@@ -156,15 +156,6 @@ def distillation_loss(logits, labels, teacher_logits, own, regression, gold_weig
 # -------------------------------------------------------------------------------------------------------- optimization
 
 
-def steps_of(recipe, num_examples):
-    """The number of steps of a training. Raises UsageError where there is none."""
-    num_steps = int(recipe.epochs * num_examples / recipe.batch_size)
-    if num_steps < 1:
-        epochs = f"{recipe.epochs:g} epochs in batches of {recipe.batch_size}"
-        raise UsageError(f"{num_examples} training examples: {epochs} are less than one step")
-    return num_steps
-
-
 def learning_rate(step, num_steps, recipe, distance_to_head=0):
     """Linear warm-up from 0, then linear decay to 0, times α for each layer between a parameter and the head. The decay
     counts from step 0, so the rate drops where warm-up ends, to 0.9 of the peak after a warm-up of 0.1
@@ -236,10 +227,12 @@ class Adam:
         self.gradients.zero_()
         return norm
 
-    def state(self, *steps):
-        """{name: tensor} that a checkpoint holds; steps: (steps done, num_steps, the training's identity)."""
-        steps = torch.tensor(steps, device=self.values.device)
-        return {"values": self.values, "mean": self.mean, "square": self.square, "steps": steps}
+    def state(self, training, *progress):
+        """{name: tensor} that a checkpoint holds. training: its identity; progress: steps done, bytes of its log."""
+        tensors = {"values": self.values, "mean": self.mean, "square": self.square}
+        for name, value in (("training", training), ("progress", progress)):
+            tensors[name] = torch.tensor(value, device=self.values.device)
+        return tensors
 
 
 # -------------------------------------------------------------------------- training: one loop for teacher and student
@@ -323,7 +316,7 @@ def train(model, dataset, teacher_logits, recipe, seed, run, folder=None, evalua
     command needs to resume goes to training.safetensors. evaluate_now(): the dev scores that --evaluate-every logs.
     """
     folder = folder or run.folder
-    num_steps = steps_of(recipe, len(dataset))
+    num_steps = max(1, int(recipe.epochs * len(dataset) / recipe.batch_size))
     sizes = np.bincount(dataset.task_ids)  # examples of each task
     # (num_steps, batch_size) examples: the task of each is drawn with p ∝ size^exponent, in shuffled passes over it.
     schedule = sample_schedule(sizes, num_steps, recipe.batch_size, recipe.exponent, seed)
@@ -331,9 +324,9 @@ def train(model, dataset, teacher_logits, recipe, seed, run, folder=None, evalua
     targets = Targets(dataset, teacher_logits, run.device)
     training = training_identity(model, recipe, dataset, teacher_logits, seed)
     optimizer = Adam(model, recipe)
-    start = resume(run, folder / CHECKPOINT, optimizer.state(0, num_steps, training))  # filled from a checkpoint
+    start, num_bytes = resume(run, folder / CHECKPOINT, optimizer.state(training, 0, 0))  # filled from a checkpoint
     progress = Progress(
-        run, folder, start, recipe.batch_size, lengths[schedule].sum(1),
+        run, folder, start, num_bytes, recipe.batch_size, lengths[schedule].sum(1),
         describe=lambda step: glue_data.describe_examples(dataset, schedule[step]),
     )  # fmt: skip
     model.train()
@@ -350,8 +343,8 @@ def train(model, dataset, teacher_logits, recipe, seed, run, folder=None, evalua
             progress.write({"step": step + 1, "dev": evaluate_now()})
             model.train()
         if run.time_to_save(step):  # or a signal has asked to stop
-            progress.sync()  # raises for NaN, which no checkpoint must hold
-            run.on_rank_0(save_checkpoint, folder / CHECKPOINT, optimizer.state(step + 1, num_steps, training))
+            num_bytes = progress.sync()  # raises for NaN, which no checkpoint must hold
+            run.on_rank_0(save_checkpoint, folder / CHECKPOINT, optimizer.state(training, step + 1, num_bytes))
             run.stop_if_asked()
 
 
@@ -382,9 +375,7 @@ def evaluate(model, tasks, data, run, folder):
         for split, _ in task.dev:
             dataset = data[task.name][split]
             logits = predict(model, dataset, task, run)
-            score = glue_data.score(task, logits, dataset.labels)
-            # JSON has no NaN, which a correlation with a constant is.
-            scores[task.name][split] = {name: None if np.isnan(value) else value for name, value in score.items()}
+            scores[task.name][split] = score = glue_data.score(task, logits, dataset.labels)
             words = glue_data.answers(task, logits)
             run.on_rank_0(write_whole, folder / f"{task.name}.{split}.tsv", glue_data.predictions_tsv(words))
             shown = f"{task.metrics[0]} {score[task.metrics[0]]:.1f}"
@@ -400,8 +391,7 @@ def dev_scores(model, tasks, data, run):
     for task in tasks:
         dataset = data[task.name][task.dev[0][0]]
         logits = predict(model, dataset, task, run, may_stop=False)  # the training goes on, and saves, before it stops
-        score = glue_data.score(task, logits, dataset.labels)[task.metrics[0]]
-        scores[task.name] = None if np.isnan(score) else score
+        scores[task.name] = glue_data.score(task, logits, dataset.labels)[task.metrics[0]]
     return scores
 
 
@@ -439,7 +429,7 @@ def train_model(experiment, run, regime, tasks, teachers, folder):
     run.on_rank_0(folder.mkdir, parents=True, exist_ok=True)
     seed = model_seed(experiment.seed, folder.relative_to(run.folder))
     if run.exists(folder / WEIGHTS[0]):  # trained, but not evaluated to the end
-        model = load_trained(folder, tasks).to(run.device)
+        model = load_pretrained(folder).to(run.device)
     else:
         dataset = concatenate([experiment.data[task.name]["train"] for task in tasks])
         teacher_logits = None
@@ -462,30 +452,16 @@ def train_model(experiment, run, regime, tasks, teachers, folder):
     run.on_rank_0(write_whole, folder / "scores.json", to_json(scores))
 
 
-def load_trained(folder, tasks):
-    """The model that an earlier training has left, which must have heads for the tasks."""
-    model = load_pretrained(folder)
-    for task in tasks:
-        if model.num_outputs.get(task.name) != task.num_outputs:
-            problem = f"{model.num_outputs.get(task.name, 'no')} outputs for {task.name}; expected {task.num_outputs}"
-            raise CheckpointError(f"{folder / WEIGHTS[0]}: {problem}")
-    return model
-
-
 def teacher_outputs(data, run, task, folder):
     """A teacher's logits (N, outputs) on its own training set, in its order; both orders of the symmetric tasks."""
     path = folder / f"{task.name}.train-logits.npy"
-    dataset = data[task.name]["train"]
     if not run.exists(path):
-        logits = predict(load_trained(folder, [task]).to(run.device), dataset, task, run)
+        logits = predict(load_pretrained(folder).to(run.device), data[task.name]["train"], task, run)
         run.on_rank_0(write_whole, path, logits)
     try:
-        logits = np.load(path)
+        return np.load(path)
     except (OSError, ValueError, EOFError) as error:
         raise UsageError(f"{path}: cannot be read ({error}); delete it, and it is made again") from error
-    if logits.shape != dataset.labels.shape:
-        raise UsageError(f"{path}: has shape {logits.shape}; expected {dataset.labels.shape}; delete it")
-    return logits
 
 
 def average_teacher(data, run, task, teachers):
@@ -511,22 +487,14 @@ def collect(folders, tasks):
     """{regime: [{task: {split: {metric: percent}}} of each trial that is finished]} of one or several run directories.
     With --teacher-checkpoint the teachers are regimes of their own."""
     results = {}
-    for regime_name, regime in REGIMES.items():
-        for name in (regime_name + TEACHER, regime_name):
-            tops = [top for folder in folders for top in folder.glob(f"trial-*/{name}") if trial_number(top)]
-            tops.sort(key=lambda top: (folders.index(top.parents[1]), trial_number(top)))
-            for top in tops:
-                paths = [model / "scores.json" for model in models_of(regime, tasks, top)]
-                if all(path.exists() for path in paths):
-                    scores = dict(item for path in paths for item in read_json(path).items())
-                    results.setdefault(name, []).append(scores)
+    for name in [name + suffix for name in REGIMES for suffix in (TEACHER, "")]:
+        for folder in folders:
+            for top in sorted(folder.glob(f"trial-*/{name}"), key=lambda top: (len(str(top)), top)):  # 2 before 10
+                models = models_of(REGIMES[name.removesuffix(TEACHER)], tasks, top)
+                if all((model / "scores.json").exists() for model in models):
+                    trial = [read_json(model / "scores.json") for model in models]
+                    results.setdefault(name, []).append(dict(item for scores in trial for item in scores.items()))
     return results
-
-
-def trial_number(top):
-    """The N of trial-N/REGIME; 0 for a folder of another name, such as a copy."""
-    number = top.parent.name.removeprefix("trial-")
-    return int(number) if number.isdecimal() else 0
 
 
 def summarize(results, tasks):
@@ -545,7 +513,7 @@ def summarize(results, tasks):
             for baseline in BASELINES:
                 if baseline in columns and baseline != name and len(values) > 1:
                     cell[f"p_{baseline}"] = glue_data.mann_whitney_p(values, columns[baseline][column])
-            summary[name][column] = {key: None if np.isnan(value) else float(value) for key, value in cell.items()}
+            summary[name][column] = cell
     return summary
 
 
@@ -561,8 +529,7 @@ def table(summary, tasks):
         for baseline in BASELINES:
             if f"p_{baseline}" in row["Avg"]:
                 lines[f"  p against {REGIMES[baseline].label}"] = f"{{p_{baseline}:.3f}}"
-        for label, cell_format in lines.items():
-            rows.append([label, *(cell_format.format(**with_nan(row[column])) for column in columns)])
+        rows += [[label, *(cell.format(**row[column]) for column in columns)] for label, cell in lines.items()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     lines.insert(1, "-" * len(lines[0]))
@@ -570,18 +537,13 @@ def table(summary, tasks):
     return "\n".join([*lines, "", f"GLUE dev, percent: {metrics}."]) + "\n"
 
 
-def with_nan(values):
-    """{name: number}, NaN for what JSON stores as null."""
-    return {name: math.nan if value is None else value for name, value in values.items()}
-
-
 def submit(experiment, run, folders, path):
     """Predict every test split that is there and write the leaderboard's zip; say which of its files are missing."""
     if run.exists(path):
         return
     predictions = {}
-    missing = []
     loaded = None
+    missing = []
     for task in glue_data.TASKS.values():
         for name, _ in task.test:
             dataset = experiment.data.get(task.name, {}).get(name)
@@ -591,17 +553,17 @@ def submit(experiment, run, folders, path):
             if task in experiment.tasks:
                 if folders[task.name] != loaded:  # one model in memory at a time
                     loaded = folders[task.name]
-                    model = load_trained(loaded, [task]).to(run.device)
+                    model = load_pretrained(loaded).to(run.device)
                 words = glue_data.answers(task, predict(model, dataset, task, run))
             else:  # WNLI gets its majority class, as in the paper
                 words = ["0"] * len(dataset)
             predictions[name] = (words, dataset.index)
-    absent = f"not in it, so the leaderboard would refuse it: {', '.join(missing)}" if missing else ""
     if loaded is None:  # WNLI's majority at most
         run.say(f"{path}: not written, since the data has no test files")
         return
     run.on_rank_0(write_whole, path, glue_data.submission_zip(predictions))
-    run.say(f"{path}: {len(predictions)} of 11 files" + (f"; {absent}" if absent else ""))
+    absent = f"; not in it, so the leaderboard would refuse it: {', '.join(missing)}" if missing else ""
+    run.say(f"{path}: {len(predictions)} of 11 files{absent}")
 
 
 # --------------------------------------------------------------------------------------------------------- the command
@@ -628,19 +590,8 @@ def load_experiment(args, run):
         checkpoint = checkpoint_folder(args.teacher_checkpoint, run)
         teachers = replace(experiment, data=tokenized_for(checkpoint), checkpoint=checkpoint, suffix=TEACHER)
         experiment = replace(experiment, teacher_experiment=teachers)
-    for name in args.regime:
-        check_steps(experiment, run, name)
     run.claim(identity(experiment, run, folder, args.limit))
     return experiment
-
-
-def check_steps(experiment, run, name):
-    """Raise UsageError where a model of the regime, or of its teachers', has too few examples for one step."""
-    regime = REGIMES[name]
-    for tasks in models_of(regime, experiment.tasks, run.folder).values():
-        steps_of(experiment.recipe(regime), sum(len(experiment.data[task.name]["train"]) for task in tasks))
-    if regime.teacher:
-        check_steps(experiment, run, regime.teacher)
 
 
 def report(run, tasks):
@@ -649,22 +600,17 @@ def report(run, tasks):
     summary = summarize(results, tasks)
     write_whole(run.folder / "results.json", to_json({**results, "summary": summary}))
     write_whole(run.folder / "table.txt", table(summary, tasks))
-    try:
-        figure.draw(run.folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:  # a finished run does not fail for its picture
-        run.say(f"no figure.svg: {error!r}")
     run.say("\n" + table(summary, tasks))
+    figure.draw(run.folder)
 
 
 def compare(folders):
     """Print one table over run directories, and in what else than the seed their configurations differ."""
     configs = [read_json(folder / "config.json") for folder in folders]
     for folder, config in zip(folders, configs, strict=True):
-        if not isinstance(config, dict) or "tasks" not in config:
-            raise UsageError(f"--table: {folder} is no run directory of bam.py")
-        if config["tasks"] != configs[0]["tasks"]:
-            tasks = [",".join(other["tasks"]) for other in (config, configs[0])]
-            raise UsageError(f"--table: {folder} has {tasks[0]}, and {folders[0]} {tasks[1]}; expected the same tasks")
+        if not config.get("tasks") or config["tasks"] != configs[0]["tasks"]:
+            problem = f"has the tasks {config.get('tasks')}, and {folders[0]} {configs[0].get('tasks')}"
+            raise UsageError(f"--table: {folder} {problem}; expected runs of bam.py with the same tasks")
         for name, value, first in differences(config, configs[0]):
             if name != "seed":
                 show(f"{folder}: {name} is {value!r}, and {first!r} in {folders[0]}")

@@ -232,26 +232,20 @@ def read_label(task, word, path, line):
     return [(score - low) / (high - low)]
 
 
-COLUMN_NAME = re.compile(r"[\"'#]?\d* ?[\w-]+( ?\d+| [A-Za-z])?[\"']?", re.ASCII)  # text, #1 String, Sentence 2, ...
-COLUMN_WORDS = set("answer context first hypothesis id index label one passage premise query question second sentence "
-                   "string text two".split())  # fmt: skip
-
-
-def words_of(name):
-    return set(re.findall("[^\\W\\d_]+", name.lower()))
+COLUMN_NAME = re.compile(r"[\"'#]?[\w-]+( [\w-]+)?[\"']?", re.ASCII)  # text, #1 String, "Sentence 2", ...
 
 
 def read_sentences(task, data, path):
     """(first, second or None): the sentences of somebody's own text, given as bytes.
 
     One example a line, with a tab between the sentences of a pair; or with a header, whose columns are found by name. A
-    first line that looks like a header of other names is refused, because its prediction would shift all the others.
+    first line that may be a header of other names is refused, because its prediction would shift all the others.
     """
     names = first_line(data)
     header = () if set(task.text) <= set(names) else task.text
-    if header and data and all(COLUMN_NAME.fullmatch(name) or words_of(name) <= COLUMN_WORDS for name in names):
-        expected = f"expected the column names {' and '.join(task.text)}, or no header"
-        raise DataError(f"{path}, line 1: {brief(names)} looks like a header; {expected}")
+    if header and data and all(COLUMN_NAME.fullmatch(name) for name in names):
+        expected = f"if it is an example, write a line with {' and '.join(task.text)} above it; else, instead of it"
+        raise DataError(f"{path}, line 1: {brief(names)} may be a header; {expected}")
     return sentences_of(task, [words for _, words in parse_tsv(data, path, task.text, header)], path)
 
 
@@ -277,12 +271,6 @@ class Dataset:
 
     def __len__(self):
         return len(self.offsets) - 1
-
-    def unknown_share(self, unk_id):
-        """The share of [UNK] among the tokens that come from text."""
-        num_pairs = np.sum(self.segment_starts < np.diff(self.offsets))
-        num_special = 2 * len(self) + num_pairs  # [CLS] and [SEP], and a pair's second [SEP]
-        return np.sum(self.input_ids == unk_id) / max(1, len(self.input_ids) - num_special)
 
 
 def load_dataset(task, split, root, tokenizer, max_length, limit=None):

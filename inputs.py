@@ -15,6 +15,8 @@ import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+import numpy as np
+
 import glue_data
 from model import WEIGHTS, CheckpointError, load_pretrained, weight_files
 from runtime import UsageError, file_digest
@@ -37,24 +39,21 @@ def number(kind, low, high=math.inf):
     """An argparse type: a number in a range."""
 
     def convert(text):
-        value = kind(text)
-        if not low <= value <= high:
+        if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
-        return value
+        return kind(text)
 
     convert.__name__ = "whole number" if kind is int else "number"
     return convert
 
 
-def setting_values(entry):
+def one_or_two(entry):
     """An argparse type for a field of Recipe: one value, or two with a comma, as (single, multi)."""
     convert = number(int if entry.type is int else float, entry.metadata["low"], entry.metadata["high"])
 
     def convert_both(text):
-        values = [None if word == "none" and entry.default is None else convert(word) for word in text.split(",")]
-        if len(values) > 2:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected one value, or single,multi")
-        return values[0], values[-1]
+        single, _, multi = text.partition(",")
+        return [None if word == "none" and entry.default is None else convert(word) for word in (single, multi or single)]
 
     convert_both.__name__ = convert.__name__
     return convert_both
@@ -78,7 +77,7 @@ def parse_args(argv, description, defaults, regimes):
         values = [getattr(recipe, entry.name) for recipe in defaults]
         shown = ",".join(dict.fromkeys("none" if value is None else f"{value:g}" for value in values))
         why = f"{entry.metadata['why']} (default {shown})"
-        add("--" + entry.name.replace("_", "-"), type=setting_values(entry), metavar="X", help=why)
+        add("--" + entry.name.replace("_", "-"), type=one_or_two(entry), metavar="X", help=why)
     args = parser.parse_args(argv)
     if args.demo and (args.data != DATA or args.checkpoint != CHECKPOINT_NAME):
         parser.error("--demo makes its own data and checkpoint; --data and --checkpoint are for real ones")
@@ -183,7 +182,8 @@ def load_data(run, tasks, folder, checkpoint, max_length, limit):
     data = glue_data.load_glue(tasks, folder, tokenizer, max_length, limit, cache=run.folder / "tokens")
     for task in tasks:
         for split, dataset in data[task.name].items():
-            unknown = dataset.unknown_share(tokenizer.unk_id)
+            words = dataset.input_ids[~np.isin(dataset.input_ids, (tokenizer.cls_id, tokenizer.sep_id))]
+            unknown = np.mean(words == tokenizer.unk_id) if len(words) else 0
             if unknown > 0.05:
                 share = f"{unknown:.0%} of the tokens of {task.folder} {split} are [UNK]"
                 run.say(f"warning: {share}; is it the right tokenizer?")

@@ -15,7 +15,8 @@ import contextlib
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -214,30 +215,19 @@ NAMES = {
 def read_config(path):
     """The BertConfig of a config.json. Raises CheckpointError where it is not BERT's or ELECTRA's."""
     try:
-        values = json.loads(path.read_bytes())
+        values = dict(json.loads(path.read_bytes()))
         for key, supported in SUPPORTED.items():
             if values.get(key, supported[0]) not in supported:
-                expected = " or ".join(map(repr, supported))
-                raise CheckpointError(f"{path}: {key} is {values[key]!r}; expected {expected}")
-        known = {name: values[name] for name in BertConfig.__dataclass_fields__ if name in values}
-        config = BertConfig(**known)
+                raise ValueError(f"{key} is {values[key]!r}; expected {' or '.join(map(repr, supported))}")
+        config = BertConfig(**{f.name: f.type(values[f.name]) for f in fields(BertConfig) if f.name in values})
+        if config.hidden_size % config.num_attention_heads:
+            raise ValueError(f"{config.num_attention_heads} heads do not divide hidden_size {config.hidden_size}")
+        if config.type_vocab_size < 2:
+            raise ValueError(f"type_vocab_size is {config.type_vocab_size}; expected 2, for pairs of sentences")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); expected BERT's configuration") from error
-    except CheckpointError:
-        raise
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not BERT's configuration ({error})") from error
-    for name, field in BertConfig.__dataclass_fields__.items():
-        value = getattr(config, name)
-        least = {"type_vocab_size": 2, "embedding_size": 0}.get(name, 1)
-        is_size = type(value) is int and value >= least
-        is_share = type(value) in (int, float) and 0 <= value < 1
-        if (field.type is int and not is_size) or (field.type is float and not is_share):
-            expected = f"a whole number from {least}" if field.type is int else "a number from 0 to below 1"
-            raise CheckpointError(f"{path}: {name} is {value!r}; expected {expected}")
-    if config.hidden_size % config.num_attention_heads:
-        sizes = f"hidden_size {config.hidden_size}, {config.num_attention_heads} heads"
-        raise CheckpointError(f"{path}: {sizes}; expected a hidden_size that the heads divide")
+    except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not BERT's configuration: {error}") from error
     return config
 
 
@@ -268,68 +258,58 @@ def load_pretrained(folder, num_outputs=None, say=lambda line: None):
     Takes Hugging Face's files with or without the `bert.` or `electra.` prefix, with gamma and beta or weight and bias.
     A tensor that is missing, of another shape, or left over in the encoder raises CheckpointError and is named.
     """
-    folder = Path(folder)
-    refuse_other_folders(folder)
-    config = read_config(folder / "config.json")
-    files = weight_files(folder)
-    path = files[0]
+    files = weight_files(Path(folder))
+    config = read_config(Path(folder) / "config.json")
     found = read_weights(files, f"{config.model_type}.")
-    new = set()
+    new = []  # the parts that the file does not hold
     if num_outputs is None:
-        suffix = ".weight"
-        heads = [name for name in found if name.startswith("heads.") and name.endswith(suffix)]
-        num_outputs = {name[len("heads.") : -len(suffix)]: len(found[name]) for name in heads}
-        if not heads:
-            raise CheckpointError(f"{path}: no tensor 'heads.TASK.weight'; expected a model that bam.py has trained")
+        heads = filter(None, map(re.compile(r"heads\.(.*)\.bias").fullmatch, found))
+        num_outputs = {head[1]: len(found[head[0]]) for head in heads}
+        if not num_outputs:
+            raise CheckpointError(f"{files[0]}: no tensor 'heads.TASK.bias'; expected a model that bam.py has trained")
     else:
-        new.add("heads")
+        new.append("heads.")
         if config.model_type == "bert" and "bert.pooler.dense.weight" not in found:
-            new.add("bert.pooler")
-            say(f"{path}: has no pooler; every model starts with a new one")
+            new.append("bert.pooler.")
+            say(f"{files[0]}: has no pooler; every model starts with a new one")
     with torch.device("meta"):  # random weights would be drawn for nothing
         model = MultiTaskBert(config, num_outputs)
-    expected = {name: tensor for name, tensor in public_tensors(model).items() if not name.startswith(tuple(new))}
-    check_tensors(path, expected, found, f"{config.model_type}.")
     model.to_empty(device="cpu")
-    tensors = public_tensors(model)
-    for name in expected:
-        tensors[name].copy_(found[name])
-    if "bert.pooler" in new:
+    fill(model, found, files[0], tuple(new))
+    if "bert.pooler." in new:
         nn.init.trunc_normal_(model.pooler.weight, std=0.02, a=-0.04, b=0.04)
         nn.init.zeros_(model.pooler.bias)
-    if "heads" in new:
+    if "heads." in new:
         model.initialize_heads()
     return model
 
 
-def check_tensors(path, expected, found, prefix):
-    """Raise CheckpointError unless the tensors that a file holds are those that its config.json implies."""
-    for name, tensor in expected.items():
+def fill(model, found, path, new):
+    """Copy what a file holds into the model, but for the parts `new`. Raises CheckpointError unless the file's tensors
+    are those that its config.json implies."""
+    tensors = public_tensors(model)
+    for name, tensor in tensors.items():
+        if name.startswith(new):
+            continue
         if name not in found:
             raise CheckpointError(f"{path}: no tensor {name!r}; expected one of shape {list(tensor.shape)}")
         if found[name].shape != tensor.shape:
             shapes = f"{list(found[name].shape)}; expected {list(tensor.shape)} by config.json"
             raise CheckpointError(f"{path}: tensor {name!r} has shape {shapes}")
-    left = sorted(name for name in found if name.startswith(prefix) and name not in expected)
+        tensor.copy_(found[name])
+    left = sorted(name for name in found if name.startswith(f"{model.config.model_type}.") and name not in tensors)
     if left:
         raise CheckpointError(f"{path}: tensor {left[0]!r} (one of {len(left)}) has no place in config.json's encoder")
-
-
-def refuse_other_folders(folder):
-    """Raise CheckpointError where the folder is none, or holds TensorFlow's weights alone."""
-    if not folder.is_dir():
-        problem = "is a file; expected the folder that holds it" if folder.exists() else "no such folder"
-        raise CheckpointError(f"{folder}: {problem}")
-    is_tensorflow = any(folder.glob("*.ckpt*")) or (folder / "tf_model.h5").exists()
-    if is_tensorflow and not any((folder / name).exists() for name in WEIGHTS):
-        raise CheckpointError(f"{folder}: holds TensorFlow's weights; expected {WEIGHTS[0]} or {WEIGHTS[2]}")
 
 
 def weight_files(folder):
     """The file that holds a folder's weights; or their index, and the files that it lists. Raises CheckpointError."""
     path = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
     if path is None:
-        raise CheckpointError(f"{folder}: holds no weights; expected {WEIGHTS[0]} or {WEIGHTS[2]}")
+        problem = "holds no weights" if folder.is_dir() else "is no folder"
+        if any(folder.glob("*.ckpt*")) or (folder / "tf_model.h5").exists():
+            problem = "holds TensorFlow's weights alone"
+        raise CheckpointError(f"{folder}: {problem}; expected a checkpoint's folder, with {WEIGHTS[0]} or {WEIGHTS[2]}")
     if path.suffix != ".json":
         return [path]
     try:
@@ -404,8 +384,6 @@ def read_safetensors(path):
         entries = {name: (DTYPES[e["dtype"]], e["shape"], *e["data_offsets"]) for name, e in header.items()}
         data = np.fromfile(path, np.uint8, offset=8 + length) if entries else np.empty(0, np.uint8)
         for name, (dtype, shape, start, end) in entries.items():
-            if end > len(data):
-                raise ValueError(f"tensor {name!r} ends at byte {end} of {len(data)}")
             tensors[name] = torch.from_numpy(data[start:end]).view(dtype).view(shape)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error

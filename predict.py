@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 import glue_data
-from bam import REGIMES, load_trained, predict
+from bam import REGIMES, predict
 from inputs import Parser
-from model import WEIGHTS, public_tensors, write_config, write_safetensors
+from model import WEIGHTS, load_pretrained, public_tensors, write_config, write_safetensors
 from runtime import Device, UsageError, command, read_json
 from wordpiece import Tokenizer
 
@@ -37,9 +37,8 @@ def finished_models(run, tasks, regime=None):
 
 def load_model(folder, task):
     """(model, the task with the label words it was trained with, its tokenizer) of a finished model's folder."""
-    model = load_trained(folder, [task])
     heads = read_json(folder / "config.json").get("heads", {})
-    return model, replace(task, labels=tuple(heads.get(task.name, task.labels))), Tokenizer(folder)
+    return load_pretrained(folder), replace(task, labels=tuple(heads.get(task.name, task.labels))), Tokenizer(folder)
 
 
 def utf8(text):
@@ -90,46 +89,34 @@ def public_head(encoder, weight, bias):
     return {f"classifier.{name}": tensor for name, tensor in tensors.items()}
 
 
-def export_encoder(model, folder):
-    """Write what Hugging Face's AutoModel loads."""
+def write_public(model, folder, task=None):
+    """Write what Hugging Face's AutoModelForSequenceClassification loads, whose logits are this model's; without a
+    task, what AutoModel loads."""
     encoder = model.config.model_type
     tensors = {name: tensor for name, tensor in public_tensors(model).items() if name.startswith(f"{encoder}.")}
-    write_config(model, folder, architectures=[f"{encoder.capitalize()}Model"])
-    write_safetensors(folder / WEIGHTS[0], tensors, {"format": "pt"})
-
-
-def export_task(model, folder, task):
-    """Write what Hugging Face's AutoModelForSequenceClassification loads; its logits are this model's."""
-    encoder = model.config.model_type
-    tensors = {name: tensor for name, tensor in public_tensors(model).items() if name.startswith(f"{encoder}.")}
-    columns = model.columns[task.name]
-    tensors |= public_head(encoder, model.head.weight[columns], model.head.bias[columns])
-    words = dict(enumerate(task.labels or ["score"]))
-    write_config(
-        model,
-        folder,
-        architectures=[f"{encoder.capitalize()}ForSequenceClassification"],
-        id2label=words,
-        label2id={word: index for index, word in words.items()},
-        problem_type="single_label_classification" if task.labels else "regression",
-    )
+    config = {"architectures": [f"{encoder.capitalize()}{'ForSequenceClassification' if task else 'Model'}"]}
+    if task:
+        columns = model.columns[task.name]
+        tensors |= public_head(encoder, model.head.weight[columns], model.head.bias[columns])
+        words = dict(enumerate(task.labels or ["score"]))
+        config |= {"id2label": words, "label2id": {word: index for index, word in words.items()}}
+        config["problem_type"] = "single_label_classification" if task.labels else "regression"
+    write_config(model, folder, **config)
     write_safetensors(folder / WEIGHTS[0], tensors, {"format": "pt"})
 
 
 def export(args, folders):
     """Write each task's model, and the encoder that several tasks share, as folders that Hugging Face loads."""
     max_length = read_json(Path(args.run) / "config.json")["single"]["max_length"]
-    written = set()  # the folders whose encoder is written
+    encoders = {}  # {folder of a model of several tasks: the first of them}
     for name, source in folders.items():
         model, task, tokenizer = load_model(source, glue_data.find_task(name))
-        shared = len(model.num_outputs) > 1 and not args.task and source not in written
-        written.add(source)
-        for target in [Path(args.export) / name] + [Path(args.export) / "encoder"] * shared:
+        targets = {Path(args.export) / name: task}
+        if len(model.num_outputs) > 1 and not args.task and encoders.setdefault(source, name) == name:
+            targets[Path(args.export) / "encoder"] = None
+        for target, its_task in targets.items():
             target.mkdir(parents=True, exist_ok=True)
-            if target.name == name:
-                export_task(model, target, task)
-            else:
-                export_encoder(model, target)
+            write_public(model, target, its_task)
             tokenizer.save(target, max_length)
             print(target)
 

@@ -48,9 +48,10 @@ class TrainingError(RuntimeError):
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-def to_json(value):
-    """JSON text, a line a value."""
-    return json.dumps(value, indent=2) + "\n"
+def to_json(value, indent=2):
+    """JSON text. It has no NaN, which a correlation with a constant is: null stands for it."""
+    plain = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    return json.dumps(plain, indent=indent) + "\n"
 
 
 def read_json(path):
@@ -142,17 +143,10 @@ class Device:
         """Print a line."""
         print(line)
 
-    def halve_micro_batches(self):
-        """Hold half as many tokens at once from here on: the device has run out of memory."""
-        if self.tokens_at_once < 2 * MIN_TOKENS:
-            raise torch.OutOfMemoryError(f"not even {self.tokens_at_once} tokens at once fit the device's memory")
-        self.tokens_at_once //= 2
-        self.say(f"out of memory: from here on {self.tokens_at_once} tokens at once; the gradient is the same")
-
 
 def within_memory(function):
-    """A decorator: whenever the device runs out of memory in function(model, ..., run=run), call it again, with
-    micro-batches of half the size."""
+    """A decorator: whenever the device runs out of memory in function(model, ..., run=run), halve the micro-batches from
+    there on, zero the gradients, and call it again."""
 
     @functools.wraps(function)
     def call(model, *args, run, **more):
@@ -160,8 +154,10 @@ def within_memory(function):
             try:
                 return function(model, *args, run=run, **more)
             except torch.OutOfMemoryError:
-                pass  # and let go of the error, which holds on to the memory
-            run.halve_micro_batches()
+                if run.tokens_at_once < 2 * MIN_TOKENS:
+                    raise
+            run.tokens_at_once //= 2  # outside of the handler, whose error holds on to the memory
+            run.say(f"out of memory: from here on {run.tokens_at_once} tokens at once; the gradient is the same")
             model.zero_grad(set_to_none=False)
 
     return call
@@ -180,19 +176,16 @@ def multiplies_bfloat16(device):
 
 def processes():
     """(rank, number of processes) by torchrun's variables, which count only together. Raises UsageError."""
-    given = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")}
+    given = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "MASTER_PORT", "MASTER_ADDR")}
     if given["WORLD_SIZE"] in ("", "1"):
         return 0, 1
-    for name, value in given.items():
-        if not value or name != "MASTER_ADDR" and not value.isdecimal():
-            problem = f"WORLD_SIZE is {given['WORLD_SIZE']}, and {name} is {value or 'not set'}"
-            raise UsageError(f"{problem}; expected all of torchrun's variables or none")
-    rank = int(given["RANK"])
-    world = int(given["WORLD_SIZE"])
-    if rank >= world or int(given["MASTER_PORT"]) > 65535:
-        found = ", ".join(f"{name} is {value}" for name, value in given.items())
-        raise UsageError(f"{found}; expected RANK below WORLD_SIZE, and a port up to 65535")
-    return rank, world
+    *numbers, address = given.values()
+    if all(number.isdecimal() for number in numbers) and address:
+        world, rank, port = map(int, numbers)
+        if rank < world and port < 65536:
+            return rank, world
+    found = ", ".join(f"{name} is {value or 'not set'}" for name, value in given.items())
+    raise UsageError(f"{found}; expected all of torchrun's variables or none, and RANK below WORLD_SIZE")
 
 
 # ----------------------------------------------------------------------------------------------------------------- run
@@ -239,18 +232,11 @@ class Run(Device):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             lock.seek(0)
-            holder = lock.read().strip()
-            if holder == self.holder():
-                holder = "an earlier Run of this process: use `with`, or delete it"
-            raise UsageError(f"{self.folder}: another command is at work there ({holder})") from error
+            raise UsageError(f"{self.folder}: another command is at work there ({lock.read().strip()})") from error
         except OSError:  # a file system without locks
             pass
         lock.truncate(0)
-        print(self.holder(), file=lock, flush=True)
-
-    def holder(self):
-        """Who holds the lock."""
-        return f"process {os.getpid()} on {socket.gethostname()}"
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=lock, flush=True)
 
     def join(self, wait_minutes):
         """Find the other processes."""
@@ -374,33 +360,31 @@ def save_checkpoint(path, tensors):
 
 
 def resume(run, path, state):
-    """Restore {name: tensor} in place from the latest checkpoint, in all processes what process 0 finds, and return its
-    step, or 0 where there is none."""
+    """Fill {name: tensor} from the latest checkpoint, in all processes with what process 0 finds, and return its
+    progress (2,); zeros where there is none."""
     if run.rank == 0:
         restore(run, path, state)
     for tensor in state.values():
         run.broadcast(tensor)
-    return int(state["steps"][0])
+    return state["progress"].tolist()
 
 
 def restore(run, path, state):
     """Fill {name: tensor} from the latest checkpoint. One that is damaged, or of another training, is named, and the
     one before it used."""
-    present = [candidate for candidate in (path, previous(path)) if candidate.exists()]
-    for candidate in present:
+    for candidate in (path, previous(path)):
+        if not candidate.exists():
+            continue
         try:
             saved = read_safetensors(candidate)
-            same_shapes = {n: t.shape for n, t in saved.items()} == {n: t.shape for n, t in state.items()}
-            if not same_shapes or saved["steps"][1:].tolist() != state["steps"][1:].tolist():
-                raise CheckpointError(f"{candidate}: is of another training")
         except CheckpointError as error:
-            run.say(f"{error}; going back to the one before it")
+            run.say(f"{error}; going back to the one before it, or to the start")
             continue
-        for name, tensor in state.items():
-            tensor.copy_(saved[name])
-        return
-    if present:
-        run.say(f"{path}: no checkpoint can be used; the training of this model starts again")
+        if saved.keys() == state.keys() and torch.equal(saved["training"], state["training"].cpu()):
+            for name, tensor in state.items():
+                tensor.copy_(saved[name])
+            return
+        run.say(f"{candidate}: is of another training, and is not used")
 
 
 # ------------------------------------------------------------------------------------------------------------ progress
@@ -410,12 +394,13 @@ class Progress:
     """How far a training is: metrics.jsonl, the same bits however often the run was interrupted; and for people a live
     line on a terminal, or a plain line now and then in a log, with speed and time left.
 
-    lengths (num_steps,): tokens of each step; describe(step): the files and lines of its examples, for an error.
+    start, num_bytes: the steps done, and what they wrote into metrics.jsonl. lengths (num_steps,): tokens of each step.
+    describe(step): the files and lines of its examples, for an error.
     """
 
     EVERY = 20  # steps; reading a number makes the host wait for the device
 
-    def __init__(self, run, folder, start, batch_size, lengths, describe):
+    def __init__(self, run, folder, start, num_bytes, batch_size, lengths, describe):
         self.run = run
         self.start = start
         self.batch_size = batch_size
@@ -426,22 +411,9 @@ class Progress:
         self.name = folder.name if folder == run.folder else folder.relative_to(run.folder)
         self.began = time.monotonic()
         self.shown = self.began
-        self.metrics = open(folder / "metrics.jsonl" if run.rank == 0 else os.devnull, "a+b")
-        self.metrics.seek(0)
-        kept = [line for line in self.metrics if start and line.endswith(b"\n") and self.precedes(line)]
+        self.metrics = open(folder / "metrics.jsonl" if run.rank == 0 else os.devnull, "ab")
         if run.rank == 0:
-            self.metrics.close()
-            write_whole(folder / "metrics.jsonl", b"".join(kept))
-            self.metrics = open(folder / "metrics.jsonl", "ab")
-
-    def precedes(self, line):
-        """Whether a line of metrics.jsonl is from before the checkpoint: a `dev` line counts finished steps."""
-        try:
-            entry = json.loads(line)
-            return entry["step"] < self.start + ("dev" in entry)
-        except (ValueError, KeyError, TypeError) as error:
-            damage = f"is damaged, at {line[:40]!r}; delete it to resume without it"
-            raise UsageError(f"{self.metrics.name}: {damage}") from error
+            self.metrics.truncate(min(num_bytes, self.metrics.tell()))
 
     def after(self, step, loss, norm, rate, gold_weight):
         """Note a step: its summed loss and its gradient's norm (tensors), its learning rate and λ."""
@@ -463,7 +435,7 @@ class Progress:
 
     def write(self, values):
         """A line of metrics.jsonl."""
-        self.metrics.write(json.dumps(values).encode() + b"\n")
+        self.metrics.write(to_json(values, indent=None).encode())
         self.metrics.flush()
 
     def check(self):
@@ -477,10 +449,12 @@ class Progress:
                 raise TrainingError(f"{problem}; nothing of it was saved. Its examples: {self.describe(step)}")
 
     def sync(self):
-        """Before a checkpoint: nothing bad gets into it, and metrics.jsonl on the disk reaches as far."""
+        """Before a checkpoint: raise for a gradient that was not finite, bring metrics.jsonl to the disk, and return its
+        size in bytes."""
         self.check()
         if self.run.rank == 0:
             os.fsync(self.metrics.fileno())
+        return self.metrics.tell()
 
     def show(self, values, seconds):
         """Print how far training is."""
@@ -499,15 +473,14 @@ class Progress:
 # ------------------------------------------------------------------------------------------------------------- command
 
 
-def show(text, end="\n", file=None):
+def show(text, end="\n"):
     """Print, as far as anybody reads: output that cannot be written ends nothing."""
-    stream = file or sys.stdout
-    encoding = getattr(stream, "encoding", None) or "utf-8"  # which may lack λ
     try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, file=stream, flush=True)
-    except (OSError, ValueError):  # the reader or the terminal is gone, or the stream closed
-        with contextlib.suppress(OSError, ValueError):  # so that Python's last flush does not fail either
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        print(text, end=end, flush=True)
+    except OSError:  # the reader or the terminal is gone
+        sys.stdout = None  # so that Python's last flush does not fail either
+    except ValueError:  # it is closed
+        pass
 
 
 def command(name, main, argv=None):
@@ -516,28 +489,30 @@ def command(name, main, argv=None):
         with contextlib.suppress(AttributeError):  # closed, or somebody's own
             stream.reconfigure(errors="backslashreplace")  # λ in an encoding that lacks it
     resumes = "; the same command resumes from the last checkpoint" if name == "bam.py" else ""
-
-    def end(status, message):
-        if sys.stderr is not None:
-            show(f"{name}: {message}", file=sys.stderr)
-        return status
-
+    status = 1
     try:
         main(argv)
         if sys.stdout is not None:
             sys.stdout.flush()
         return 0
     except (UsageError, DataError, CheckpointError) as error:
-        return end(2, f"error: {error}")
+        status = 2
+        message = f"error: {error}"
     except BrokenPipeError:  # of predict.py | head
-        show("", end="")
+        sys.stdout = None
         return 1
     except (TrainingError, OSError, torch.OutOfMemoryError) as error:  # OSError: a full disk
-        return end(1, f"error: {error}{resumes}")
+        message = f"error: {error}{resumes}"
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):  # gloo's has no class of its own
             raise
-        reason = f"another process was lost, whose own message says why, or did not come in time ({first_line(error)})"
-        return end(1, f"error: {reason}")
+        reason = "another process was lost, whose own message says why, or did not come in time"
+        message = f"error: {reason} ({first_line(error)})"
     except KeyboardInterrupt:
-        return end(130, f"interrupted{resumes}")
+        status = 130
+        message = f"interrupted{resumes}"
+    try:
+        print(f"{name}: {message}", file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        sys.stderr = None
+    return status

@@ -103,8 +103,6 @@ def read_vocab(folder):
             if token in vocab:
                 raise DataError(f"{path}, line {line}: {brief([token])} stands on line {vocab[token] + 1} already")
             vocab[token] = line - 1
-    if any(re.search(r"[\t\r\n]", token) for token in vocab):
-        raise DataError(f"{path}: a token holds a tab or a line break; expected BERT's vocabulary")
     for token in ("[UNK]", "[CLS]", "[SEP]"):
         if token not in vocab:
             raise DataError(f"{path}: no {token} among {len(vocab)} tokens; expected BERT's vocabulary")
