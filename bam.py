@@ -269,11 +269,6 @@ class Targets:
         return labels, teacher_logits, own, regression
 
 
-def upload_examples(dataset, examples, model, run):
-    """The examples (B,) of a dataset as a packed batch on the device, with indices for attention's heads."""
-    return upload(pack(dataset, examples), examples, model.config.num_attention_heads, run.device)
-
-
 @within_memory  # where it runs out, the gradients are zeroed, and all is done again in smaller micro-batches
 def add_gradients(model, targets, examples, gold_weight, seed, run):
     """Add the gradient of the examples' summed loss to the parameters' (zero before), and return the loss.
@@ -284,7 +279,7 @@ def add_gradients(model, targets, examples, gold_weight, seed, run):
     weight = torch.full((), gold_weight, device=run.device)
     total = torch.zeros((), device=run.device)
     for part in micro_batches(targets.dataset, examples, run.tokens_at_once):
-        batch = upload_examples(targets.dataset, part, model, run)
+        batch = upload(pack(targets.dataset, part), part, run.device)
         logits = model(batch, run.bfloat16)  # (B, K)
         loss = distillation_loss(logits, *targets.of(batch.examples), weight).sum()
         loss.backward()
@@ -360,7 +355,7 @@ def predict(model, dataset, task, run, may_stop=True):
     for examples in parts[run.rank :: run.world]:
         if may_stop and run.world == 1:  # stopping one process here would hang the all_reduce below
             run.stop_if_asked()
-        batch = upload_examples(dataset, examples, model, run)
+        batch = upload(pack(dataset, examples), examples, run.device)
         logits = model(batch, run.bfloat16)  # (B, K)
         outputs[batch.examples.long()] = logits[:, model.columns[task.name]]
     run.all_reduce(outputs)

@@ -432,10 +432,6 @@ def left_out(bench):
         x = layer(self, x, layout)
         return x.index_select(0, layout.cls) if only_cls else x
 
-    def upload_padded(batch, examples, num_heads, device):
-        tokens = [batch.input_ids, batch.segment_ids, batch.position_ids]
-        return ops.upload_padded(tokens, batch.cu_seqlens, examples, device)
-
     def float_mask(x, p):  # F.dropout's
         return torch.empty_like(x).bernoulli_(1 - p), 1 / (1 - p)
 
@@ -444,7 +440,7 @@ def left_out(bench):
         "micro-batches": (bench.run, "tokens_at_once", 2**40),
         "fused AdamW": (adam, "param_groups", unfused),
         "only [CLS] at the end": (bert.BertLayer, "forward", every_token),
-        "buckets by length": (bam, "upload", upload_padded),
+        "buckets by length": (bam, "upload", ops.upload_padded),
         "16-bit dropout": (ops, "dropout_mask", float_mask),
         "words' gradient by rows": (F, "embedding", lambda ids, words, *_, **__: embedding(ids, words)),
     }

@@ -106,18 +106,12 @@ def gradients(model):
     return bert.public_tensors(other)
 
 
-def packed(input_ids, segment_ids, lengths, num_heads=4, upload=ops.upload):
+def packed(input_ids, segment_ids, lengths, upload=ops.upload):
     """Padded (B, L) arrays as an ops.Packed."""
     tokens = [np.concatenate([row[:n] for row, n in zip(array, lengths, strict=True)]) for array in (input_ids, segment_ids)]
     positions = np.concatenate([np.arange(n) for n in lengths])
     batch = glue_data.Batch(*(array.astype(np.int32) for array in (*tokens, positions, starts_of(lengths))))
-    return upload(batch, np.arange(len(lengths)), num_heads, torch.device("cpu"))
-
-
-def padded_upload(batch, examples, num_heads, device):
-    """ops.upload as on an accelerator."""
-    tokens = [batch.input_ids, batch.segment_ids, batch.position_ids]
-    return ops.upload_padded(tokens, batch.cu_seqlens, examples, device)
+    return upload(batch, np.arange(len(lengths)), torch.device("cpu"))
 
 
 def starts_of(lengths):
@@ -133,7 +127,7 @@ def random_batch(config, lengths, seed=0, upload=ops.upload):
     rng = np.random.default_rng(seed)
     shape = (len(lengths), max(lengths))
     ids = rng.integers(config.vocab_size, size=shape)
-    return packed(ids, rng.integers(2, size=shape), lengths, config.num_attention_heads, upload)
+    return packed(ids, rng.integers(2, size=shape), lengths, upload)
 
 
 TINY = BertConfig(60, 16, 3, 4, 32, max_position_embeddings=40, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
@@ -712,7 +706,7 @@ def test_submission_is_what_the_leaderboard_accepts(tmp_path):
 
 @recorded
 @pytest.mark.parametrize("inputs", ["padded", "full"])
-@pytest.mark.parametrize("upload", [ops.upload, padded_upload])
+@pytest.mark.parametrize("upload", [ops.upload, ops.upload_padded])
 def test_encoder_and_its_gradients_are_the_originals(inputs, upload):
     """Every layer within 1e-4, every gradient within 2e-4 of its tensor's largest; the last layer on [CLS] alone. In the
     CPU's buckets and in an accelerator's padded attention."""
@@ -777,15 +771,14 @@ def test_layer_is_pytorchs_own_encoder_layer():
     torch.testing.assert_close(ours(x, layout, only_cls=True), output[layout.cls])
 
 
-def buckets(lengths, num_heads=4):
-    return ops.Buckets(starts_of(lengths), num_heads)
+def buckets(lengths):
+    return ops.Buckets(starts_of(lengths))
 
 
 def padded(lengths):
     """The Padded layout of sequences, as upload_padded makes it."""
-    tokens = [np.zeros(sum(lengths), np.int32)] * 3
-    device = torch.device("cpu")
-    return ops.upload_padded(tokens, starts_of(lengths).astype(np.int32), np.arange(len(lengths)), device).layout
+    batch = glue_data.Batch(*[np.zeros(sum(lengths), np.int32)] * 3, starts_of(lengths).astype(np.int32))
+    return ops.upload_padded(batch, np.arange(len(lengths)), torch.device("cpu")).layout
 
 
 def attention_inputs(only_cls, lengths=LENGTHS, heads=2, size=8, dtype=torch.double):
@@ -813,33 +806,22 @@ def attend_padded(qkv, p, *cls_q):
 
 
 @pytest.mark.parametrize("only_cls", [False, True])
-def test_attention_is_each_sequences_own(only_cls):
-    """The CPU's buckets and the padded attention against a loop over sequences, values and gradients, 1e-12."""
+@pytest.mark.parametrize("p, tolerance", [(0.0, 1e-12), (1e-9, 2e-6)])
+def test_attention_is_each_sequences_own(only_cls, p, tolerance):
+    """The CPU's buckets and the padded attention against a loop over sequences, values and gradients. With a p that
+    drops nothing, products and a float32 softmax take the place of PyTorch's attention."""
     inputs = attention_inputs(only_cls)
     results = []
     for attend in (
         lambda qkv, *q: attend_sequences(qkv, 2, *q),
-        lambda qkv, *q: buckets(LENGTHS, 2).attention(qkv, 2, 0.0, *q),
-        lambda qkv, *q: attend_padded(qkv, 0.0, *q),
+        lambda qkv, *q: buckets(LENGTHS).attention(qkv, 2, p, *q),
+        lambda qkv, *q: attend_padded(qkv, p, *q),
     ):
         out = attend(*inputs)
         results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
     for right, *found in zip(*results, strict=True):
         for one in found:
-            torch.testing.assert_close(one, right, atol=1e-12, rtol=1e-12)
-
-
-@pytest.mark.parametrize("only_cls", [False, True])
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_attentions_gradient_is_its_slope(only_cls, p):
-    """The buckets' written-out gradient against finite differences, the same dropout in each."""
-    lengths = [3, 1, 1, 4]
-
-    def function(qkv, *cls_q):
-        torch.manual_seed(3)
-        return buckets(lengths, 2).attention(qkv, 2, p, *cls_q)
-
-    assert torch.autograd.gradcheck(function, attention_inputs(only_cls, lengths, size=4), fast_mode=True)
+            torch.testing.assert_close(one, right, atol=tolerance, rtol=tolerance)
 
 
 def test_attention_in_bfloat16_stays_near_float32():
@@ -850,15 +832,15 @@ def test_attention_in_bfloat16_stays_near_float32():
         full[0].data[:, -16:] += 2
         half = [x.detach().bfloat16().requires_grad_() for x in full]
         results = []
-        for inputs in (half, full):
+        for tensors in (half, full):
             torch.manual_seed(0)
-            out = buckets(LENGTHS, 2).attention(inputs[0], 2, 0.1, *inputs[1:])
-            results.append((out, *torch.autograd.grad(out.sum(), inputs)))
+            out = buckets(LENGTHS).attention(tensors[0], 2, 0.1, *tensors[1:])
+            results.append((out, *torch.autograd.grad(out.sum(), tensors)))
         for near, right in zip(*results, strict=True):
             assert near.dtype == torch.bfloat16 and (near - right).abs().max() <= 0.02 * right.abs().max()
 
 
-@pytest.mark.parametrize("upload", [ops.upload, padded_upload])
+@pytest.mark.parametrize("upload", [ops.upload, ops.upload_padded])
 def test_a_sequence_does_not_see_its_companions(upload):
     """Logits of a packed batch are those of each sequence alone, in any order; alone on an accelerator it is padded with
     a sequence that nobody reads."""
@@ -956,7 +938,7 @@ def logits_and_gradients(model, compiled, lengths):
     """One training pass over sequences of these lengths, as on an accelerator: (logits, gradients by Adam's views)."""
     optimizer = bam.Adam(model, bam.SINGLE)
     model.compiled = compiled
-    logits = model.train()(random_batch(model.config, lengths, 0, padded_upload))
+    logits = model.train()(random_batch(model.config, lengths, 0, ops.upload_padded))
     logits.square().sum().backward()
     return logits.detach(), optimizer.gradients.clone()
 
@@ -1273,7 +1255,7 @@ def test_encoders_and_their_gradients_are_hugging_faces(tmp_path, shape):
     # Not 0: to Hugging Face that is padding, whose embedding gets no gradient.
     ids = rng.integers(1, theirs.config.vocab_size, size=(len(LENGTHS), max(LENGTHS)))
     segments, mask = rng.integers(2, size=ids.shape), np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None]
-    batch = packed(ids, segments, LENGTHS, theirs.config.num_attention_heads)
+    batch = packed(ids, segments, LENGTHS)
     outputs = theirs(torch.tensor(ids), torch.tensor(mask).long(), torch.tensor(segments))
     cls, read = outputs.last_hidden_state[:, 0], model(batch)
     torch.testing.assert_close(encode(model, batch)[-1], cls, atol=1e-5, rtol=0)
@@ -1335,7 +1317,7 @@ def test_a_real_checkpoint_gives_hugging_faces_figures():
     model = load_pretrained(MINILM, {"rte": 2}).eval()
     ids = [[101, 7592, 2088, 102, 2129, 2024, 2017, 102], [101, 1996, 4248, 2829, 4419, 14523, 102, 0], [101, 102] + [0] * 6]
     segments = [[0, 0, 0, 0, 1, 1, 1, 1], [0] * 8, [0] * 8]
-    last = encode(model, packed(ids, segments, [8, 7, 2], 12))[-1]
+    last = encode(model, packed(ids, segments, [8, 7, 2]))[-1]
     expected = [[0.0124261, 0.0216386, 0.1649925, 0.2301411], [0.2210821, 0.0763444, 0.2193178, 0.4048554],
                 [0.0060438, 0.0276893, 0.0315421, -0.0194274]]  # fmt: skip
     np.testing.assert_allclose(last[:, :4].detach(), expected, atol=1e-6)
@@ -2167,7 +2149,7 @@ def test_teachers_of_another_checkpoint_teach_by_their_outputs_alone(small, comm
         folders = [out / "trial-1" / name / task for name in ("single-teacher", "single-teacher-2")]
         models = [load_pretrained(folder).eval() for folder in folders]
         data = load_dataset(TASKS[task], "train", small[1].parent / "glue", Tokenizer(big), 40)
-        batch = ops.upload(pack(data, np.arange(len(data))), np.arange(len(data)), 4, torch.device("cpu"))
+        batch = ops.upload(pack(data, np.arange(len(data))), np.arange(len(data)), torch.device("cpu"))
         outputs[task] = torch.stack([model(batch).detach() for model in models])
     given = torch.tensor(given[-1])
     torch.testing.assert_close(given[:24, :2].softmax(-1), outputs["rte"].softmax(-1).mean(0), atol=1e-5, rtol=0)
@@ -2431,7 +2413,7 @@ def test_exported_models_are_hugging_faces(quick, command, tmp_path):
         assert tuple(theirs.config.id2label.values()) == (TASKS[name].labels or ("score",))
         auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "all" / name)
         texts = auto(sentences.first[:20], sentences.second[:20], padding=True, return_tensors="pt")
-        batch = ops.upload(pack(data, np.arange(20)), np.arange(20), 4, torch.device("cpu"))
+        batch = ops.upload(pack(data, np.arange(20)), np.arange(20), torch.device("cpu"))
         assert texts["input_ids"][0, : data.offsets[1]].tolist() == data.input_ids[: data.offsets[1]].tolist()
         torch.testing.assert_close(theirs(**texts).logits, model(batch)[:, model.columns[name]], atol=1e-5, rtol=0)
     assert auto(sentences.first[0])["input_ids"] == [tokenizer.cls_id, *tokenizer(sentences.first)[0], tokenizer.sep_id]
