@@ -5,7 +5,7 @@ trains and predicts with, beside Hugging Face transformers on the same examples 
     python bench_bam.py --quick              # the mixed stream and evaluation alone: three minutes on two cores
     python bench_bam.py --scale              # also cost against batch and model size
     python bench_bam.py --limits             # what a GPU would have to do and to hold, computed without one
-    python bench_bam.py --json speed.jsonl   # one object a line for each measurement; figure.py draws them
+    python bench_bam.py --json speed.jsonl   # one object a line for each measurement
 
 Peers: hf_default is run_glue's default, every example padded to 128 tokens, in float32; hf_best is the best setting of
 transformers, examples sorted by length in micro-batches of a tuned size, in this run's precision, compiled on CUDA.

@@ -1,9 +1,8 @@
-"""A picture of run directories: dev scores, teacher annealing, losses and schedules. Or a picture of a benchmark.
+"""A picture of run directories: dev scores, teacher annealing, losses and schedules.
 It needs the standard library alone and draws what the files hold so far, so a run can be drawn while it trains.
 
     python figure.py runs/all                     # writes runs/all/figure.svg, as bam.py does at the end of a run
     python figure.py runs/seed-0 runs/seed-1000   # pools the trials of one experiment, in runs/seed-0/figure.svg
-    python figure.py speed.jsonl                  # writes speed.svg from what bench_bam.py --json wrote
 """
 
 import argparse
@@ -33,11 +32,9 @@ text { fill: currentColor; }  .page { fill: #ffffff; rx: 6px; }  [class*="-teach
 .rule { stroke: currentColor; stroke-opacity: 0.16; }  circle { fill: currentColor; fill-opacity: 0.75; }
 path { fill: none; stroke: currentColor; stroke-width: 1.5; stroke-linecap: round; stroke-linejoin: round; }
 .level { stroke-dasharray: 4 4; }  .area { fill: currentColor; fill-opacity: 0.12; stroke: none; }
-rect { fill: currentColor; }  .hf_default { color: #7d8590; }  .hf_best { color: #0072b2; }  .ours { color: #d55e00; }
 """ + "".join(f".{regime}, .{regime}-teacher {{ color: {colour}; }}\n" for regime, colour in zip(REGIMES, COLOURS))
 WIDTH, EDGE, LEFT, PLOT, PITCH, COLUMNS = 908, 24, 226, 168, 226, 3  # px; the regimes' names are left of LEFT
-VARIANTS = {"ours": "bam.py", "hf_best": "Hugging Face at its best", "hf_default": "run_glue's default"}
-LINE, TALL, START, FULL = 18, 90, 254, 420  # px: a line of dots, a plot of curves; where bars start, a whole bar
+LINE, TALL = 18, 90  # px: a line of dots, a plot of curves
 # The marks of a legend: of a regime's dots, of its curve, and of the level that it reached.
 DOT, CURVE, LEVEL = '<circle r="3.5"/>\n', '<path d="M-4,0L8,0"/>\n', '<path d="M-8,0L12,0" class="level"/>\n'
 
@@ -265,33 +262,13 @@ def write(path, title, facts, drawing, height):
     return path
 
 
-def draw_speed(file):
-    """Draw what bench_bam.py --json measured, as shares of the machine's matrix rate. Returns the picture's path."""
-    lines = [parse(line, f"{file}, line {number}") for number, line in enumerate(file.read_bytes().splitlines(), 1)]
-    lines = [line for line in lines if line.get("share_of_peak") and line["at"] is None]
-    shares = [line for line in lines if line["variant"] in VARIANTS and line["name"] != "ablation"]
-    if not shares:
-        raise ValueError(f"{file}: no share of a matrix rate in it; expected what bench_bam.py --json writes")
-    drawing = text(START + FULL, 96, "100 % of the rate of its matrix products alone", "muted middle")
-    for index, line in enumerate(shares):
-        y = 106 + 20 * index
-        width = FULL * min(line["share_of_peak"], 1.3)
-        speed = f"{line['examples_per_s']:.0f}/s, ours ×{line['ratio']:.1f}"
-        drawing += text(EDGE, y + 12, line["name"].replace("_", " "), "strong", VARIANTS[line["variant"]])
-        drawing += group(f'<rect class="{line["variant"]}" width="{width:.1f}" height="16"/>\n', START, y)
-        drawing += text(START + width + 6, y + 12, f"{100 * line['share_of_peak']:.0f} %", unit=speed)
-    drawing += path([(START + FULL, 102), (START + FULL, y + 20)], "rule")
-    facts = "{device} · {threads} threads · {precision} · torch {torch}".format_map(lines[0])
-    return write(file.with_suffix(".svg"), "Speed against the limit", facts, drawing, y + 40)
-
-
 def main(arguments=None):
     """Draw what the command line names, and print the path of the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="+", type=Path, help="run directories, or a file of bench_bam.py --json")
-    paths = parser.parse_args(arguments).paths
+    parser.add_argument("folders", nargs="+", type=Path, help="run directories; several are pooled")
+    folders = parser.parse_args(arguments).folders
     try:
-        print(draw_speed(paths[0]) if paths[0].is_file() else draw(paths))
+        print(draw(folders))
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

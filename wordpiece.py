@@ -1,7 +1,6 @@
 """The tokenizer of a checkpoint: BERT's WordPiece, with the settings that the checkpoint's files state. `tokenizers`."""
 
 import hashlib
-import itertools
 import json
 import re
 from pathlib import Path
@@ -43,7 +42,6 @@ class Tokenizer:
         self.cls_id = vocab["[CLS]"]
         self.sep_id = vocab["[SEP]"]
         self.unk_id = vocab["[UNK]"]
-        self.known = {}  # {text between two spaces: its ids}
         wordpiece = models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=200)  # the original's limit
         self.backend = tokenizers.Tokenizer(wordpiece)
         bert = normalizers.BertNormalizer(**self.settings)
@@ -54,17 +52,11 @@ class Tokenizer:
         self.backend.post_processor = processors.TemplateProcessing(single, pair, special)
 
     def __call__(self, texts, chunk=8192):
-        """The token ids of each text, without special tokens: a list of lists.
-
-        A space always ends a token, so the text between two spaces is tokenized once, however often it occurs.
-        """
+        """The token ids of each text, without special tokens: a list of lists."""
         ids = []
-        for start in range(0, len(texts), chunk):  # all words at once would take gigabytes
-            sentences = [text.split(" ") for text in texts[start : start + chunk]]
-            new = list(set(itertools.chain.from_iterable(sentences)) - self.known.keys())
-            encodings = self.backend.encode_batch_fast(new, add_special_tokens=False)
-            self.known.update(zip(new, (encoding.ids for encoding in encodings), strict=True))
-            ids += [list(itertools.chain.from_iterable([self.known[word] for word in words])) for words in sentences]
+        for start in range(0, len(texts), chunk):  # the library's results for all at once would take gigabytes
+            encodings = self.backend.encode_batch_fast(texts[start : start + chunk], add_special_tokens=False)
+            ids += [encoding.ids for encoding in encodings]
         return ids
 
     def fingerprint(self):
