@@ -38,7 +38,7 @@ import model as bert
 import ops
 from glue_data import TASKS, Dataset, concatenate
 from model import BertConfig, MultiTaskBert
-from runtime import CUDA_TOKENS, Device, Run, command
+from runtime import CUDA_TOKENS, Run, command
 from wordpiece import Tokenizer
 
 # -------------------------------------------------------------------------------------------------- sizes and examples
@@ -513,7 +513,7 @@ def step_on_paper(config, dataset, batch):
         bias = attn_mask.to(q.dtype).expand(*q.shape[:3], k.shape[2])
         return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, dropout_p)[0]
 
-    run = Device("meta", "bfloat16")
+    run = Run(None, "meta", "bfloat16")
     run.tokens_at_once = CUDA_TOKENS
     patch = mock.patch.multiple
     with Ledger() as ledger, patch(torch, autocast=autocast), patch(F, scaled_dot_product_attention=attention):

@@ -16,7 +16,7 @@ import glue_data
 from bam import REGIMES, predict
 from inputs import Parser
 from model import WEIGHTS, load_pretrained, public_tensors, write_config, write_safetensors
-from runtime import Device, UsageError, command, read_json
+from runtime import Run, UsageError, command, read_json
 from wordpiece import Tokenizer
 
 
@@ -65,9 +65,9 @@ def label(args, task, folder):
     first, second = own_text(args, task)
     model, task, tokenizer = load_model(folder, task)
     max_length = read_json(Path(args.run) / "config.json")["single"]["max_length"]
-    device = Device(args.device, args.precision)
+    run = Run(None, args.device, args.precision)
     dataset = glue_data.text_dataset(task, first, second, tokenizer, max_length)
-    logits = predict(model.to(device.device), dataset, task, device)  # (N, outputs)
+    logits = predict(model.to(run.device), dataset, task, run)  # (N, outputs)
     print("prediction\tprobability" if task.labels else "prediction")
     probabilities = torch.tensor(logits).softmax(-1).amax(-1)
     for word, probability in zip(glue_data.answers(task, logits), probabilities, strict=True):

@@ -1,6 +1,5 @@
 """What keeps a long run alive: device, processes, run directory, checkpoints, progress, and how a command ends.
 
-    Device        where and how precisely to compute
     Run           a device, a run directory, and the processes that share it
     checkpoints   save_checkpoint, resume
     Progress      metrics.jsonl, speed, gradients that are not finite
@@ -101,66 +100,16 @@ def first_line(error):
 # -------------------------------------------------------------------------------------------------------------- device
 
 
-class Device:
-    """Where and how precisely the model computes, in one process.
-
-    name: cuda, cpu, mps, or auto: cuda where there is one. precision: float32, bfloat16 (products in bfloat16; weights,
-    sums and statistics in float32), or auto: bfloat16 where the device multiplies it natively.
-    """
-
-    rank = 0
-    world = 1
-
-    def __init__(self, name="auto", precision="auto"):
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cuda" and self.world > 1:
-            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        try:
-            self.device = torch.empty(0, device=name).device
-        except (RuntimeError, AssertionError) as error:
-            raise UsageError(f"--device: {name!r} cannot be used ({first_line(error)})") from error
-        self.bfloat16 = multiplies_bfloat16(self.device) if precision == "auto" else precision == "bfloat16"
-        self.tokens_at_once = CUDA_TOKENS if self.device.type == "cuda" else CPU_TOKENS
-        self.signals = []  # those that have asked to stop
-
-    def all_reduce(self, tensor):
-        """Sum the tensor over all processes, in place."""
-        if self.world > 1:
-            dist.all_reduce(tensor)
-
-    def broadcast(self, tensor):
-        """Give process 0's tensor to all processes, in place."""
-        if self.world > 1:
-            dist.broadcast(tensor, 0)
-
-    def stop_if_asked(self):
-        """Raise KeyboardInterrupt where a signal has asked to stop."""
-        if self.signals:
-            raise KeyboardInterrupt
-
-    def say(self, line, live=False):
-        """Print a line."""
-        print(line)
-
-
-def within_memory(function):
-    """A decorator: whenever the device runs out of memory in function(model, ..., run=run), halve the micro-batches from
-    there on, zero the gradients, and call it again."""
-
-    @functools.wraps(function)
-    def call(model, *args, run, **more):
-        while True:
-            try:
-                return function(model, *args, run=run, **more)
-            except torch.OutOfMemoryError:
-                if run.tokens_at_once < 2 * MIN_TOKENS:
-                    raise
-            run.tokens_at_once //= 2  # outside of the handler, whose error holds on to the memory
-            run.say(f"out of memory: from here on {run.tokens_at_once} tokens at once; the gradient is the same")
-            model.zero_grad(set_to_none=False)
-
-    return call
+def find_device(name, world):
+    """The torch.device of this name; auto: cuda where there is one. Each of several processes takes its own card."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and world > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device: {name!r} cannot be used ({first_line(error)})") from error
 
 
 def multiplies_bfloat16(device):
@@ -191,41 +140,46 @@ def processes():
 # ----------------------------------------------------------------------------------------------------------------- run
 
 
-class Run(Device):
-    """A run directory, and the processes that share it: rank 0 writes and speaks, and the others wait for it.
+class Run:
+    """Where to compute, a run directory, and the processes that share it: rank 0 writes and speaks, and the others wait
+    for it. Without a folder, one process that writes nothing.
 
-    save_minutes and save_steps: between two checkpoints of a training, whichever comes first. compile: the encoder, on
-    CUDA. wait_minutes: how long processes wait for each other. evaluate_every: steps between dev scores, 0 for none.
+    device: cuda, cpu, mps, or auto. precision: float32, bfloat16 (products in bfloat16; weights, sums and statistics in
+    float32), or auto: bfloat16 where the device multiplies it natively. save_minutes and save_steps: between two
+    checkpoints of a training, whichever comes first. compile: the encoder, on CUDA. wait_minutes: how long processes
+    wait for each other. evaluate_every: steps between dev scores, 0 for none.
     """
 
     def __init__(
-        self, folder, device="auto", precision="auto", save_minutes=5, save_steps=0, compile=True, wait_minutes=30,
+        self, folder=None, device="auto", precision="auto", save_minutes=5, save_steps=0, compile=True, wait_minutes=30,
         evaluate_every=0,
     ):  # fmt: skip
-        self.rank, self.world = processes()
-        super().__init__(device, precision)
-        self.folder = Path(folder)
+        self.rank, self.world = processes() if folder else (0, 1)
+        self.device = find_device(device, self.world)
+        self.bfloat16 = multiplies_bfloat16(self.device) if precision == "auto" else precision == "bfloat16"
+        self.tokens_at_once = CUDA_TOKENS if self.device.type == "cuda" else CPU_TOKENS
         self.save_seconds = save_minutes * 60
         self.save_steps = save_steps
         self.saved_at = time.monotonic()
         self.compile = compile and self.device.type == "cuda"
         self.evaluate_every = evaluate_every
+        self.signals = []  # those that have asked to stop
         self.live = self.rank == 0 and sys.stdout is not None and sys.stdout.isatty()
-        self.files = contextlib.ExitStack()
-        self.open_folder()
+        self.log = None
+        self.files = contextlib.ExitStack()  # the log and the lock, open as long as the run is
+        self.folder = folder and Path(folder)
+        if folder and self.rank == 0:
+            self.open_folder()
         if self.world > 1:
             self.join(wait_minutes)
 
     def open_folder(self):
         """Create the run directory, take its lock, and open its log."""
-        if self.rank:
-            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = self.files.enter_context(open(self.folder / "lock", "a+", encoding="utf-8"))
-            self.log = self.files.enter_context(
-                open(self.folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace")
-            )
+            log = open(self.folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace")
+            self.log = self.files.enter_context(log)
         except OSError as error:
             raise UsageError(f"{self.folder}: cannot be written ({error.strerror}); --out names another") from error
         try:
@@ -255,6 +209,16 @@ class Run(Device):
         if self.world > 1 and error is None:
             dist.destroy_process_group()
 
+    def all_reduce(self, tensor):
+        """Sum the tensor over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+
+    def broadcast(self, tensor):
+        """Give process 0's tensor to all processes, in place."""
+        if self.world > 1:
+            dist.broadcast(tensor, 0)
+
     def on_rank_0(self, action, *args, **kwargs):
         """Let rank 0 act, and the others wait."""
         if self.rank == 0:
@@ -273,10 +237,10 @@ class Run(Device):
         if self.rank:
             return
         live = live and self.live
-        if not live:
-            print(line, file=self.log, flush=True)
-        elif self.live:  # a line that wraps could not be overwritten
+        if live:  # a line that wraps could not be overwritten
             line = line[: shutil.get_terminal_size().columns - 1]
+        elif self.log:
+            print(line, file=self.log, flush=True)
         show(("\r\033[K" if self.live else "") + line, end="" if live else "\n")
 
     def claim(self, identity):
@@ -303,6 +267,11 @@ class Run(Device):
             raise KeyboardInterrupt
         self.asked_at = now
         self.signals.append(number)
+
+    def stop_if_asked(self):
+        """Raise KeyboardInterrupt where a signal has asked to stop."""
+        if self.signals:
+            raise KeyboardInterrupt
 
     def time_to_save(self, step):
         """Whether minutes or steps have passed, or a signal has asked to stop; the same answer in every process."""
@@ -340,6 +309,25 @@ class Run(Device):
             model.compiled = None
             self.say(f"cannot compile ({type(error).__name__}: {first_line(error)}): continuing uncompiled")
         model.zero_grad(set_to_none=False)
+
+
+def within_memory(function):
+    """A decorator: whenever the device runs out of memory in function(model, ..., run=run), halve the micro-batches from
+    there on, zero the gradients, and call it again."""
+
+    @functools.wraps(function)
+    def call(model, *args, run, **more):
+        while True:
+            try:
+                return function(model, *args, run=run, **more)
+            except torch.OutOfMemoryError:
+                if run.tokens_at_once < 2 * MIN_TOKENS:
+                    raise
+            run.tokens_at_once //= 2  # outside of the handler, whose error holds on to the memory
+            run.say(f"out of memory: from here on {run.tokens_at_once} tokens at once; the gradient is the same")
+            model.zero_grad(set_to_none=False)
+
+    return call
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints

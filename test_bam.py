@@ -52,7 +52,7 @@ import wordpiece
 from bam import Recipe, annealing_weight, distillation_loss, learning_rate
 from glue_data import TASKS, DataError, load_dataset, concatenate, pack, read_split, sample_schedule
 from model import BertConfig, CheckpointError, MultiTaskBert, load_pretrained, save_pretrained
-from runtime import Device, Run
+from runtime import Run
 from wordpiece import Tokenizer
 
 HERE = Path(__file__).parent
@@ -2803,7 +2803,7 @@ def ours_without_dropout(dataset):
     """(Ours on a tiny model, the model)."""
     config = replace(BENCHED, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
     model = tiny_model(config, **{task.name: task.num_outputs for task in dataset.tasks})
-    return bench_bam.variant_of("ours", Device("cpu", "float32"), model, dataset), model
+    return bench_bam.variant_of("ours", Run(None, "cpu", "float32"), model, dataset), model
 
 
 def test_bench_measures_everything(bench):
