@@ -228,11 +228,11 @@ class Adam:
         return norm
 
     def state(self, training, *progress):
-        """{name: tensor} that a checkpoint holds. training: its identity; progress: steps done, bytes of its log."""
-        tensors = {"values": self.values, "mean": self.mean, "square": self.square}
-        for name, value in (("training", training), ("progress", progress)):
-            tensors[name] = torch.tensor(value, device=self.values.device)
-        return tensors
+        """{name: tensor} that a checkpoint holds. training: its identity; progress: steps done, bytes of metrics.jsonl."""
+        training = torch.tensor(training, device=self.values.device)
+        progress = torch.tensor(progress, device=self.values.device)
+        vectors = {"values": self.values, "mean": self.mean, "square": self.square}
+        return vectors | {"training": training, "progress": progress}
 
 
 # -------------------------------------------------------------------------- training: one loop for teacher and student
@@ -298,7 +298,7 @@ def training_identity(model, recipe, dataset, teacher_logits, seed):
     """A number that changes with whatever decides a training, so that none resumes another's checkpoint."""
     arrays = [dataset.input_ids, dataset.labels] + ([] if teacher_logits is None else [teacher_logits])
     arrays.append(model.word_embeddings.weight[:100].detach().cpu().numpy())  # enough to tell checkpoints apart
-    digest = hashlib.sha256(repr((recipe, seed)).encode())
+    digest = hashlib.sha256(repr((model.config, recipe, seed)).encode())
     for array in arrays:
         digest.update(np.ascontiguousarray(array))
     return int.from_bytes(digest.digest()[:8], "little") >> 1  # 63 bits
@@ -372,7 +372,7 @@ def evaluate(model, tasks, data, run, folder):
             logits = predict(model, dataset, task, run)
             scores[task.name][split] = score = glue_data.score(task, logits, dataset.labels)
             words = glue_data.answers(task, logits)
-            run.on_rank_0(write_whole, folder / f"{task.name}.{split}.tsv", glue_data.predictions_tsv(words))
+            run.on_rank_0(write_whole, folder / f"{task.name}.{split}.tsv", glue_data.predictions_tsv(words, dataset.index))
             shown = f"{task.metrics[0]} {score[task.metrics[0]]:.1f}"
             if len(set(words)) == 1 < len(words):
                 shown += f", a collapsed run: every answer is {words[0]}"
@@ -486,7 +486,8 @@ def collect(folders, tasks):
         for folder in folders:
             for top in sorted(folder.glob(f"trial-*/{name}"), key=lambda top: (len(str(top)), top)):  # 2 before 10
                 models = models_of(REGIMES[name.removesuffix(TEACHER)], tasks, top)
-                if all((model / "scores.json").exists() for model in models):
+                is_copy = not top.parent.name.removeprefix("trial-").isdecimal()  # such as trial-1-backup
+                if not is_copy and all((model / "scores.json").exists() for model in models):
                     trial = [read_json(model / "scores.json") for model in models]
                     results.setdefault(name, []).append(dict(item for scores in trial for item in scores.items()))
     return results
@@ -596,7 +597,10 @@ def report(run, tasks):
     write_whole(run.folder / "results.json", to_json({**results, "summary": summary}))
     write_whole(run.folder / "table.txt", table(summary, tasks))
     run.say("\n" + table(summary, tasks))
-    figure.draw(run.folder)
+    try:
+        figure.draw(run.folder)
+    except ValueError as error:  # a damaged metrics.jsonl does not undo a finished run
+        run.say(f"no figure.svg: {error}")
 
 
 def compare(folders):

@@ -53,7 +53,7 @@ def read_run(folder):
         entries = [parse(line, f"{log}, line {number}") for number, line in enumerate(lines, 1)]
         training = [entry for entry in entries if "loss" in entry]
         dev = {entry["step"]: entry["dev"] for entry in entries if "dev" in entry}
-        scores = {name: next(iter(splits["dev"].items())) for name, splits in read_json(path / "scores.json").items()}
+        scores = {name: next(iter(next(iter(splits.values())).items())) for name, splits in read_json(path / "scores.json").items()}
         num_steps = training[-1]["step"] + 1 if training else 1
         if dev and scores:
             dev[num_steps] = {name: percent for name, (_, percent) in scores.items()}
@@ -72,7 +72,7 @@ def parse(content, source):
     try:
         return dict(json.loads(content))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{source}: {error}; expected a JSON object, as bam.py or bench_bam.py writes it") from None
+        raise ValueError(f"{source}: {error}; expected a JSON object, as bam.py writes it") from None
 
 
 def scores_of(stages, tasks):
@@ -250,16 +250,14 @@ def draw(folders):
         y += height + 16
     seeds = ", ".join(str(config.get("seed", "?")) for config in configs)
     facts = f"tasks {len(tasks)} · trials {len({stage.trial for stage in stages})} · seed {seeds}"
-    return write(folders[0] / "figure.svg", folders[0].resolve().name, facts, drawing, y - 24)
-
-
-def write(path, title, facts, drawing, height):
-    size = f'width="{WIDTH}" height="{height}"'
-    top = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" {size}>\n'
+    title = folders[0].resolve().name
+    size = f'width="{WIDTH}" height="{y - 24}"'
+    top = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y - 24}" {size}>\n'
     top += f'<title>{escape(title)}</title>\n<style>{STYLE}</style>\n<rect class="page" {size}/>\n'
     head = text(EDGE, 46, title, "h1") + text(EDGE, 68, facts, "muted")
-    path.write_text(top + head + drawing + "</svg>\n", "utf-8", errors="replace", newline="\n")
-    return path
+    picture = folders[0] / "figure.svg"
+    picture.write_text(top + head + drawing + "</svg>\n", "utf-8", errors="replace", newline="\n")
+    return picture
 
 
 def main(arguments=None):

@@ -244,8 +244,9 @@ def read_sentences(task, data, path):
     names = first_line(data)
     header = () if set(task.text) <= set(names) else task.text
     if header and data and all(COLUMN_NAME.fullmatch(name) for name in names):
-        expected = f"if it is an example, write a line with {' and '.join(task.text)} above it; else, instead of it"
-        raise DataError(f"{path}, line 1: {brief(names)} may be a header; {expected}")
+        header = "<TAB>".join(task.text)
+        advice = f"if it is an example, put the header {header} above it; if it is a header, replace it by that"
+        raise DataError(f"{path}, line 1: {brief(names)} could be column names; {advice}")
     return sentences_of(task, [words for _, words in parse_tsv(data, path, task.text, header)], path)
 
 
@@ -329,7 +330,7 @@ def truncated_lengths(len_a, len_b, limit):
     return min(len_a, max(limit - half_b, limit - len_b)), min(len_b, max(half_b, limit - len_a))
 
 
-def load_glue(tasks, root, tokenizer, max_length, limit=None, cache=None):
+def load_glue(tasks, root, tokenizer, max_length, limit, cache):
     """{task: {split: Dataset}} of every file that is there; of WNLI the test split in any case, for the submission."""
     data = {}
     for task in dict.fromkeys([*tasks, TASKS["wnli"]]):
@@ -338,7 +339,7 @@ def load_glue(tasks, root, tokenizer, max_length, limit=None, cache=None):
         data[task.name] = {}
         for split in splits:
             arguments = task, split, root, tokenizer, max_length, limit if split == "train" else None
-            data[task.name][split] = load_cached(cache, *arguments) if cache else load_dataset(*arguments)
+            data[task.name][split] = load_cached(cache, *arguments)
     return data
 
 
@@ -545,15 +546,14 @@ def answers(task, logits):
     return [task.labels[index] for index in logits.argmax(1)]
 
 
-def predictions_tsv(words, index=None):
-    """The text of one leaderboard file, in the order of `index`, by default the words' positions."""
-    numbers = range(len(words)) if index is None else index
-    lines = [f"{number}\t{word}\n" for number, word in sorted(zip(numbers, words, strict=True))]
+def predictions_tsv(words, index):
+    """The text of one leaderboard file, in the order of `index`, the words' numbers."""
+    lines = [f"{number}\t{word}\n" for number, word in sorted(zip(index, words, strict=True))]
     return "index\tprediction\n" + "".join(lines)
 
 
 def submission_zip(predictions):
-    """The bytes of a zip that gluebenchmark.com accepts, from {name: (words, index or None)}; equal for equal words."""
+    """The bytes of a zip that gluebenchmark.com accepts, from {name: (words, index)}; equal for equal words."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, (words, index) in predictions.items():

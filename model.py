@@ -219,7 +219,11 @@ def read_config(path):
         for key, supported in SUPPORTED.items():
             if values.get(key, supported[0]) not in supported:
                 raise ValueError(f"{key} is {values[key]!r}; expected {' or '.join(map(repr, supported))}")
-        config = BertConfig(**{f.name: f.type(values[f.name]) for f in fields(BertConfig) if f.name in values})
+        config = BertConfig(**{field.name: values[field.name] for field in fields(BertConfig) if field.name in values})
+        for field in fields(BertConfig):
+            value = getattr(config, field.name)
+            if field.type is not str and (not isinstance(value, (int, field.type)) or value < 0):
+                raise ValueError(f"{field.name} is {value!r}; expected a number ({field.type.__name__})")
         if config.hidden_size % config.num_attention_heads:
             raise ValueError(f"{config.num_attention_heads} heads do not divide hidden_size {config.hidden_size}")
         if config.type_vocab_size < 2:
@@ -261,21 +265,21 @@ def load_pretrained(folder, num_outputs=None, say=lambda line: None):
     files = weight_files(Path(folder))
     config = read_config(Path(folder) / "config.json")
     found = read_weights(files, f"{config.model_type}.")
-    new = []  # the parts that the file does not hold
+    new = ()  # the parts that the file does not hold
     if num_outputs is None:
         heads = filter(None, map(re.compile(r"heads\.(.*)\.bias").fullmatch, found))
         num_outputs = {head[1]: len(found[head[0]]) for head in heads}
         if not num_outputs:
             raise CheckpointError(f"{files[0]}: no tensor 'heads.TASK.bias'; expected a model that bam.py has trained")
     else:
-        new.append("heads.")
+        new += ("heads.",)
         if config.model_type == "bert" and "bert.pooler.dense.weight" not in found:
-            new.append("bert.pooler.")
+            new += ("bert.pooler.",)
             say(f"{files[0]}: has no pooler; every model starts with a new one")
     with torch.device("meta"):  # random weights would be drawn for nothing
         model = MultiTaskBert(config, num_outputs)
     model.to_empty(device="cpu")
-    fill(model, found, files[0], tuple(new))
+    fill(model, found, files[0], new)
     if "bert.pooler." in new:
         nn.init.trunc_normal_(model.pooler.weight, std=0.02, a=-0.04, b=0.04)
         nn.init.zeros_(model.pooler.bias)

@@ -5,8 +5,7 @@
     attention          inside each sequence                  attend, Padded for accelerators, Buckets for a CPU
 
 On an accelerator the whole encoder is compiled, so that each fused operation becomes a product and one kernel. The two
-layouts for attention have one meaning. Padded takes one call, and is the tests' oracle; Buckets pad less, and train
-1.1 times as fast on a CPU.
+layouts for attention have one meaning: Padded takes one call of PyTorch's attention; Buckets pad less, which pays on a CPU.
 
 Dimension letters: B sequences, T tokens, H hidden size, A attention heads, D = H / A, F feed-forward size. Attention
 alone pads: B sequences, or the n of a bucket, to the L tokens of the longest.

@@ -48,8 +48,8 @@ class TrainingError(RuntimeError):
 
 
 def to_json(value, indent=2):
-    """JSON text. It has no NaN, which a correlation with a constant is: null stands for it."""
-    plain = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    """JSON text. NaN, which JSON lacks and a correlation with a constant is, becomes null."""
+    plain = json.loads(json.dumps(value), parse_constant=lambda name: None if name == "NaN" else float(name))
     return json.dumps(plain, indent=indent) + "\n"
 
 
@@ -348,8 +348,8 @@ def save_checkpoint(path, tensors):
 
 
 def resume(run, path, state):
-    """Fill {name: tensor} from the latest checkpoint, in all processes with what process 0 finds, and return its
-    progress (2,); zeros where there is none."""
+    """Let process 0 fill {name: tensor} from the latest checkpoint, and send it to the others. Returns the checkpoint's
+    [steps done, bytes of metrics.jsonl]; without a checkpoint, the state's own."""
     if run.rank == 0:
         restore(run, path, state)
     for tensor in state.values():
@@ -367,12 +367,13 @@ def restore(run, path, state):
             saved = read_safetensors(candidate)
         except CheckpointError as error:
             run.say(f"{error}; going back to the one before it, or to the start")
+            candidate.unlink()  # or the next one would move it over the one before it
             continue
         if saved.keys() == state.keys() and torch.equal(saved["training"], state["training"].cpu()):
             for name, tensor in state.items():
                 tensor.copy_(saved[name])
             return
-        run.say(f"{candidate}: is of another training, and is not used")
+        run.say(f"{candidate}: belongs to another training (other data, recipe, seed or weights) and is ignored")
 
 
 # ------------------------------------------------------------------------------------------------------------ progress
@@ -442,7 +443,7 @@ class Progress:
         self.check()
         if self.run.rank == 0:
             os.fsync(self.metrics.fileno())
-        return self.metrics.tell()
+        return self.metrics.seek(0, os.SEEK_END)
 
     def show(self, values, seconds):
         """Print how far training is."""
@@ -500,7 +501,8 @@ def command(name, main, argv=None):
         status = 130
         message = f"interrupted{resumes}"
     try:
-        print(f"{name}: {message}", file=sys.stderr, flush=True)
+        if sys.stderr is not None:  # else print would take standard output
+            print(f"{name}: {message}", file=sys.stderr, flush=True)
     except (OSError, ValueError):
         sys.stderr = None
     return status

@@ -89,6 +89,8 @@ def read_vocab(folder):
         is_wordpiece = model.get("type", "WordPiece") == "WordPiece" and model.get("continuing_subword_prefix") == "##"
         if not is_wordpiece or not isinstance(vocab, dict) or {*vocab.values()} != {*range(len(vocab))}:
             raise DataError(f"{path}: expected a WordPiece model, its prefix ## and its ids 0, 1, 2, ... each once")
+        if re.search(r"[\t\r\n]", "".join(vocab)):  # which vocab.txt could not hold
+            raise DataError(f"{path}: a token holds a tab or a line break; expected BERT's vocabulary")
     else:
         data = read_file(path, "a checkpoint's vocabulary, one token a line, or a tokenizer.json")
         for line, (token,) in parse_tsv(data, path, ["token"], ["token"]):
