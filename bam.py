@@ -242,35 +242,19 @@ class Adam:
 # gives process 0's answer in all of them. A dataset's example i is input_ids[offsets[i] : offsets[i + 1]].
 
 
-class Targets:
-    """The training targets of a dataset on the device: labels and teachers' logits (N, K), and whose outputs are whose.
-    Without teachers λ is 1, and the labels stand in for their logits."""
-
-    def __init__(self, dataset, teacher_logits, device):
-        def on_device(array):
-            return torch.from_numpy(array).to(device)
-
-        self.dataset = dataset
-        self.has_teacher = teacher_logits is not None
-        self.labels = on_device(dataset.labels)  # (N, K)
-        self.teacher_logits = on_device(teacher_logits) if self.has_teacher else self.labels  # (N, K)
-        self.task_ids = on_device(dataset.task_ids)  # (N,)
-        counts = [task.num_outputs for task in dataset.tasks]
-        self.owner = on_device(np.repeat(np.arange(len(counts)), counts))  # (K,)
-        self.regression = on_device(np.array([task.is_regression for task in dataset.tasks]))  # (tasks,)
-
-    def of(self, examples):
-        """What distillation_loss takes besides logits and λ, for the examples (B,)."""
-        task = self.task_ids.index_select(0, examples)  # (B,)
-        labels = self.labels.index_select(0, examples)  # (B, K)
-        teacher_logits = self.teacher_logits.index_select(0, examples)  # (B, K)
-        own = self.owner == task[:, None]  # (B, K)
-        regression = self.regression.index_select(0, task)  # (B,)
-        return labels, teacher_logits, own, regression
+def targets_of(dataset, teacher_logits, device):
+    """What distillation_loss takes besides logits and λ, for all examples, on the device: labels, teachers' logits and
+    own (N, K), regression (N,). Without teachers λ is 1, and the labels stand in for their logits."""
+    counts = [task.num_outputs for task in dataset.tasks]
+    owner = np.repeat(np.arange(len(counts)), counts)  # (K,)
+    own = owner == dataset.task_ids[:, None]  # (N, K)
+    regression = np.array([task.is_regression for task in dataset.tasks])[dataset.task_ids]  # (N,)
+    teacher_logits = dataset.labels if teacher_logits is None else teacher_logits  # (N, K)
+    return [torch.from_numpy(array).to(device) for array in (dataset.labels, teacher_logits, own, regression)]
 
 
 @within_memory  # where it runs out, the gradients are zeroed, and all is done again in smaller micro-batches
-def add_gradients(model, targets, examples, gold_weight, seed, run):
+def add_gradients(model, dataset, targets, examples, gold_weight, seed, run):
     """Add the gradient of the examples' summed loss to the parameters' (zero before), and return the loss.
 
     The gradient of a sum is the sum of gradients: a micro-batch at a time, as many tokens as the device holds at once.
@@ -278,20 +262,22 @@ def add_gradients(model, targets, examples, gold_weight, seed, run):
     torch.manual_seed(seed)
     weight = torch.full((), gold_weight, device=run.device)
     total = torch.zeros((), device=run.device)
-    for part in micro_batches(targets.dataset, examples, run.tokens_at_once):
-        batch = upload(pack(targets.dataset, part), part, run.device)
+    for part in micro_batches(dataset, examples, run.tokens_at_once):
+        batch = upload(pack(dataset, part), part, run.device)
         logits = model(batch, run.bfloat16)  # (B, K)
-        loss = distillation_loss(logits, *targets.of(batch.examples), weight).sum()
+        part_targets = [target.index_select(0, batch.examples) for target in targets]  # (B, K) or (B,) each
+        loss = distillation_loss(logits, *part_targets, weight).sum()
         loss.backward()
         total += loss.detach()
     return total
 
 
-def rehearse(model, targets, lengths, run):
+def rehearse(model, dataset, targets, run):
     """On CUDA, compile the encoder by a pass over the largest micro-batch, that of the longest examples. Its gradients
     are zeroed."""
+    lengths = np.diff(dataset.offsets)  # (N,)
     longest = np.argsort(-lengths)[: max(1, run.tokens_at_once // lengths.max())]
-    run.compile_encoder(model, lambda: add_gradients(model, targets, longest, 1.0, seed=0, run=run))
+    run.compile_encoder(model, lambda: add_gradients(model, dataset, targets, longest, 1.0, seed=0, run=run))
 
 
 def training_identity(model, recipe, dataset, teacher_logits, seed):
@@ -315,22 +301,19 @@ def train(model, dataset, teacher_logits, recipe, seed, run, folder=None, evalua
     sizes = np.bincount(dataset.task_ids)  # examples of each task
     # (num_steps, batch_size) examples: the task of each is drawn with p ∝ size^exponent, in shuffled passes over it.
     schedule = sample_schedule(sizes, num_steps, recipe.batch_size, recipe.exponent, seed)
-    lengths = np.diff(dataset.offsets)  # (N,) tokens of each example
-    targets = Targets(dataset, teacher_logits, run.device)
+    targets = targets_of(dataset, teacher_logits, run.device)
+    has_teacher = teacher_logits is not None
     training = training_identity(model, recipe, dataset, teacher_logits, seed)
     optimizer = Adam(model, recipe)
     start, num_bytes = resume(run, folder / CHECKPOINT, optimizer.state(training, 0, 0))  # filled from a checkpoint
-    progress = Progress(
-        run, folder, start, num_bytes, recipe.batch_size, lengths[schedule].sum(1),
-        describe=lambda step: glue_data.describe_examples(dataset, schedule[step]),
-    )  # fmt: skip
+    progress = Progress(run, folder, start, num_bytes, dataset, schedule)
     model.train()
-    rehearse(model, targets, lengths, run)
+    rehearse(model, dataset, targets, run)
     for step in range(start, num_steps):
-        gold_weight = annealing_weight(step, num_steps, recipe.gold_weight, targets.has_teacher)
+        gold_weight = annealing_weight(step, num_steps, recipe.gold_weight, has_teacher)
         examples = schedule[step, run.rank :: run.world]  # this process's share of the batch
         dropout_seed = (seed + step + run.rank * 1_000_003) % 2**32  # so that resuming needs no generator's state
-        loss = add_gradients(model, targets, examples, gold_weight, dropout_seed, run=run)
+        loss = add_gradients(model, dataset, targets, examples, gold_weight, dropout_seed, run=run)
         run.all_reduce(optimizer.gradients)
         norm = optimizer.step(step, num_steps)
         progress.after(step, loss, norm, learning_rate(step, num_steps, recipe), gold_weight)  # logs; raises for NaN

@@ -101,16 +101,17 @@ class Examples:
 class Ours:
     """This program, through the functions that bam.train and bam.evaluate are made of."""
 
-    def __init__(self, run, model, targets):
+    def __init__(self, run, model, dataset, targets):
         self.run = run
         self.model = model
+        self.dataset = dataset
         self.targets = targets
         self.optimizer = bam.Adam(model, bam.MULTI)
 
     def gradients(self, batch):
         """Add the gradient of a batch, indices of examples."""
         self.model.train()
-        bam.add_gradients(self.model, self.targets, batch, GOLD_WEIGHT, seed=0, run=self.run)
+        bam.add_gradients(self.model, self.dataset, self.targets, batch, GOLD_WEIGHT, seed=0, run=self.run)
 
     def step(self, batch):
         self.gradients(batch)
@@ -124,7 +125,7 @@ class Ours:
 class HuggingFace:
     """transformers' encoder and a head, with `model`'s weights, or random ones if those are on the meta device."""
 
-    def __init__(self, run, model, targets, best):
+    def __init__(self, run, model, dataset, targets, best):
         import transformers
 
         config = transformers.AutoConfig.for_model(**vars(model.config))
@@ -137,6 +138,7 @@ class HuggingFace:
         self.modules = nn.ModuleList([self.encoder, self.head]).to(run.device)
         self.optimizer = torch.optim.AdamW(self.modules.parameters(), lr=5e-5, fused=True)
         self.run = run
+        self.dataset = dataset
         self.targets = targets
         self.columns = model.columns
         self.best = best
@@ -170,9 +172,10 @@ class HuggingFace:
     def gradients(self, batch):
         """As ours."""
         self.modules.train()
-        for examples in self.micro_batches(self.targets.dataset, batch):
-            logits = self.logits(self.targets.dataset, examples)
-            targets = self.targets.of(torch.from_numpy(examples).to(self.run.device))
+        for examples in self.micro_batches(self.dataset, batch):
+            logits = self.logits(self.dataset, examples)
+            index = torch.from_numpy(examples).to(self.run.device)
+            targets = [target.index_select(0, index) for target in self.targets]
             bam.distillation_loss(logits, *targets, GOLD_WEIGHT).sum().backward()
 
     def step(self, batch):
@@ -204,8 +207,10 @@ class HuggingFace:
 def variant_of(name, run, model, dataset):
     """The variant of this name. Its teachers are random: what they say does not matter to speed."""
     teacher_logits = np.random.default_rng(0).normal(size=dataset.labels.shape).astype(np.float32)
-    targets = bam.Targets(dataset, teacher_logits, run.device)
-    return Ours(run, model, targets) if name == "ours" else HuggingFace(run, model, targets, name == "hf_best")
+    targets = bam.targets_of(dataset, teacher_logits, run.device)
+    if name == "ours":
+        return Ours(run, model, dataset, targets)
+    return HuggingFace(run, model, dataset, targets, best=name == "hf_best")
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring

@@ -118,10 +118,10 @@ def padded_indices(lengths):
 # ----------------------------------------------------------------------------------------------------------- attention
 
 
-def attend(padded, mask, num_heads, p, cls_q=None):
-    """Attention inside each of n padded sequences, with dropout p on the probabilities: queries, keys and values
+def attend(function, padded, mask, num_heads, p, cls_q=None):
+    """Attention by function(q, k, v, attn_mask, dropout_p) inside each of n padded sequences: queries, keys and values
     (n · L, 3H) to (n · L, H). With cls_q (n, H), the queries of the [CLS] tokens alone, keys and values (n · L, 2H) to
-    (n, H). mask (n, 1, 1, L) is true where a padded position holds a token."""
+    (n, H). mask (n, 1, 1, L) is true where a padded position holds a token; p is dropped of the probabilities."""
     n, _, _, length = mask.shape
     parts = 3 if cls_q is None else 2
     heads = padded.view(n, length, parts, num_heads, -1).permute(2, 0, 3, 1, 4)  # (3 or 2, n, A, L, D)
@@ -130,13 +130,15 @@ def attend(padded, mask, num_heads, p, cls_q=None):
     else:
         k, v = heads
         q = cls_q.view(n, num_heads, 1, -1)  # (n, A, 1, D)
-    if p and padded.device.type == "cpu" and not torch.compiler.is_compiling():  # for the sake of our own dropout
-        scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (n, A, L or 1, L)
-        probabilities = scores.masked_fill_(~mask, -torch.inf).float().softmax(-1)
-        context = dropout(probabilities, p).to(v.dtype) @ v  # (n, A, L or 1, D)
-    else:
-        context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+    context = function(q, k, v, attn_mask=mask, dropout_p=p)  # (n, A, L or 1, D)
     return context.transpose(1, 2).flatten(0, 1).flatten(1)  # (n · L or n, H)
+
+
+def attention_on_cpu(q, k, v, attn_mask, dropout_p):
+    """PyTorch's scaled_dot_product_attention, with the faster dropout, and with softmax and its gradient in float32."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (n, A, L or 1, L)
+    probabilities = scores.masked_fill_(~attn_mask, -torch.inf).float().softmax(-1)
+    return dropout(probabilities, dropout_p).to(v.dtype) @ v  # (n, A, L or 1, D)
 
 
 # Both layouts below have `cls` (B,), the position of each sequence's first token, and the method
@@ -163,7 +165,7 @@ class Padded(NamedTuple):
 
     def attention(self, qkv, num_heads, p, cls_q=None):
         padded = Gather.apply(qkv, self.pad, self.unpad)  # (B · L, 3H or 2H)
-        context = attend(padded, self.mask, num_heads, p, cls_q)  # (B · L or B, H)
+        context = attend(F.scaled_dot_product_attention, padded, self.mask, num_heads, p, cls_q)  # (B · L or B, H)
         return Gather.apply(context, self.unpad, self.pad) if cls_q is None else context
 
 
@@ -212,7 +214,8 @@ class Buckets:
         if cls_q is not None:
             queries = cls_q[self.order].split([len(mask) for mask in self.masks])
         buckets = zip(padded, self.masks, queries, strict=True)
-        context = torch.cat([attend(keys, mask, num_heads, p, q) for keys, mask, q in buckets])  # (padded or B, H)
+        contexts = [attend(attention_on_cpu, x, mask, num_heads, p, q) for x, mask, q in buckets]
+        context = torch.cat(contexts)  # (padded tokens or B, H)
         return Take.apply(context, self.unpad) if cls_q is None else context[self.inverse]
 
 

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from glue_data import DataError
+from glue_data import DataError, describe_examples
 from model import CheckpointError, read_safetensors, whole, write_safetensors
 from ops import compiled
 
@@ -383,19 +383,19 @@ class Progress:
     """How far a training is: metrics.jsonl, the same bits however often the run was interrupted; and for people a live
     line on a terminal, or a plain line now and then in a log, with speed and time left.
 
-    start, num_bytes: the steps done, and what they wrote into metrics.jsonl. lengths (num_steps,): tokens of each step.
-    describe(step): the files and lines of its examples, for an error.
+    start, num_bytes: the steps done, and the size of what they wrote into metrics.jsonl. schedule (num_steps,
+    batch_size): the examples of each step.
     """
 
     EVERY = 20  # steps; reading a number makes the host wait for the device
 
-    def __init__(self, run, folder, start, num_bytes, batch_size, lengths, describe):
+    def __init__(self, run, folder, start, num_bytes, dataset, schedule):
         self.run = run
         self.start = start
-        self.batch_size = batch_size
-        self.lengths = lengths
-        self.describe = describe
-        self.num_steps = len(lengths)
+        self.dataset = dataset
+        self.schedule = schedule
+        self.num_steps, self.batch_size = schedule.shape
+        self.num_tokens = np.diff(dataset.offsets)[schedule].sum(1)  # (num_steps,)
         self.unchecked = []  # (step, gradient norm, learning rate)
         self.name = folder.name if folder == run.folder else folder.relative_to(run.folder)
         self.began = time.monotonic()
@@ -435,7 +435,8 @@ class Progress:
         for (step, _, rate), norm in zip(steps, norms, strict=True):
             if not math.isfinite(norm):
                 problem = f"{self.name}, step {step}: the gradient's norm is {norm}, at learning rate {rate:.1e}"
-                raise TrainingError(f"{problem}; nothing of it was saved. Its examples: {self.describe(step)}")
+                examples = describe_examples(self.dataset, self.schedule[step])
+                raise TrainingError(f"{problem}; nothing of it was saved. Its examples: {examples}")
 
     def sync(self):
         """Before a checkpoint: raise for a gradient that was not finite, bring metrics.jsonl to the disk, and return its
@@ -450,7 +451,7 @@ class Progress:
         done = values["step"] + 1
         left = seconds / (done - self.start) * (self.num_steps - done)
         examples = (done - self.start) * self.batch_size
-        tokens = self.lengths[self.start : done].sum()
+        tokens = self.num_tokens[self.start : done].sum()
         self.run.say(
             f"{self.name}  step {done}/{self.num_steps}  loss {values['loss']:.3f}  lr {values['learning_rate']:.1e}  "
             f"λ {values['gold_weight']:.2f}  {examples / seconds:.0f} ex/s  {tokens / seconds:.0f} tok/s  "
