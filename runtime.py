@@ -32,7 +32,7 @@ from model import CheckpointError, read_safetensors, whole, write_safetensors
 from ops import compiled
 
 CUDA_TOKENS = 8192  # tokens at once, in training and in predicting: what fills the device, and no more
-CPU_TOKENS = 2000
+CPU_TOKENS = 1000
 MIN_TOKENS = 256  # a micro-batch is not halved below this where memory is short
 
 
