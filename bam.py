@@ -3,7 +3,7 @@ a public BERT checkpoint to the paper's table and a leaderboard submission.
 
 Single-task models teach one multi-task model: it learns from their output distributions instead of the labels alone.
 Teacher annealing moves its target, as training goes, from the teachers' outputs to the gold labels, so that the student
-starts as an imitation and ends above its teachers:
+starts by imitating its teachers and can end above them:
 
     target(step) = λ · gold label + (1 − λ) · teacher's output,      λ = step / num_steps
 
@@ -89,12 +89,9 @@ REGIMES = {
 }
 
 
-TEACHER = "-teacher"  # ends the name of a regime whose models have the teachers' own checkpoint
-
-
 @dataclass(frozen=True)
 class Experiment:
-    """What is trained on what: with REGIMES, all that decides the numbers. `load_experiment` makes one from files."""
+    """What is trained on what: all settings of an experiment but REGIMES. `load_experiment` makes one from files."""
 
     tasks: list[glue_data.Task]
     data: dict[str, dict[str, glue_data.Dataset]]  # {task: {split: examples}}, tokenized for the checkpoint
@@ -102,8 +99,8 @@ class Experiment:
     single: Recipe = SINGLE
     multi: Recipe = MULTI
     seed: int = 0
-    copies: int = 1  # seeds of each teacher; their outputs are averaged
-    teacher_experiment: "Experiment | None" = None  # trains the teachers, where they have another checkpoint
+    copies: int = 1  # --teachers: seeds of each teacher; their outputs are averaged
+    teacher_experiment: "Experiment | None" = None  # trains the teachers, where --teacher-checkpoint gives them another
     suffix: str = ""  # ends the folders' names of its regimes: TEACHER in a teacher_experiment
 
     @property
@@ -116,11 +113,15 @@ class Experiment:
         return self.multi if regime.multi else self.single
 
 
+TEACHER = "-teacher"  # as in single-teacher/rte
+
+
 # ------------------------------------------------------------------------------------- the idea (the paper, section 3)
 
-# K is the number of outputs of a model's tasks together: 2 for RTE's teacher, 16 for all eight. Each task owns some of
-# them. A model gives all K for every example. Labels (N, K) are one-hot, or the score as a fraction of its range, in
-# the columns that the example's task owns, and 0 in the others; teachers' logits (N, K) are laid out alike.
+# N examples of a dataset, B of a batch. K is the number of outputs of a model's tasks together: 2 for RTE's teacher, 16
+# for all eight. Each task owns some of them. A model gives all K for every example. Labels (N, K) are one-hot, or the
+# score as a fraction of its range, in the columns that the example's task owns, and 0 in the others; teachers' logits
+# (N, K) likewise.
 
 
 def annealing_weight(step, num_steps, gold_weight=None, has_teacher=True):
@@ -132,12 +133,11 @@ def annealing_weight(step, num_steps, gold_weight=None, has_teacher=True):
 
 
 def distillation_loss(logits, labels, teacher_logits, own, regression, gold_weight):
-    """Each example's loss (B,) against λ · gold + (1 − λ) · teacher: cross-entropy, the teacher being its softmax at
-    temperature 1, or squared error with its score (the original's bam/task_specific).
+    """Each example's loss (B,) against λ · gold + (1 − λ) · teacher: cross-entropy, with the softmax of the teacher's
+    logits (temperature 1), or squared error, with its score (the original's bam/task_specific).
 
     logits, labels, teacher_logits: (B, K). own: (B, K), which outputs belong to the example's own task. regression:
-    (B,), whether that task is a score. gold_weight: λ, 0-dimensional. The caller sums over the batch, as the original
-    does; with the same clip, a mean would be another algorithm.
+    (B,), whether that task is a score. gold_weight: λ, 0-dimensional.
 
     Cross-entropy and squared error are both computed for every example, and its task selects one, so that a batch can
     mix tasks.
@@ -157,8 +157,8 @@ def distillation_loss(logits, labels, teacher_logits, own, regression, gold_weig
 
 
 def learning_rate(step, num_steps, recipe, distance_to_head=0):
-    """Linear warm-up from 0, then linear decay to 0, times α for each layer between a parameter and the head. The decay
-    counts from step 0, so the rate drops where warm-up ends, to 0.9 of the peak after a warm-up of 0.1
+    """Linear warm-up from 0, then linear decay to 0, times α for each layer between a parameter and the head (distance
+    0). The decay counts from step 0, so after a warm-up of 0.1 the rate jumps down to 0.9 of the peak
     (bam/bert/optimization.py)."""
     warmup_steps = int(recipe.warmup * num_steps)
     factor = step / warmup_steps if step < warmup_steps else max(0.0, 1 - step / num_steps)
@@ -227,10 +227,11 @@ class Adam:
         self.gradients.zero_()
         return norm
 
-    def state(self, training, *progress):
-        """{name: tensor} that a checkpoint holds. training: its identity; progress: steps done, bytes of metrics.jsonl."""
+    def state(self, training, steps_done, num_bytes):
+        """{name: tensor} that a checkpoint holds, its vectors not copied. training: training_identity's number;
+        num_bytes: the size of metrics.jsonl."""
         training = torch.tensor(training, device=self.values.device)
-        progress = torch.tensor(progress, device=self.values.device)
+        progress = torch.tensor([steps_done, num_bytes], device=self.values.device)
         vectors = {"values": self.values, "mean": self.mean, "square": self.square}
         return vectors | {"training": training, "progress": progress}
 
@@ -239,12 +240,13 @@ class Adam:
 
 # `run` (runtime.Run) is the device, the run directory and the processes that share them: run.rank of run.world, and
 # run.all_reduce(x) sums x over them; run.on_rank_0(f, ...) calls f in process 0 while the others wait; run.exists(path)
-# gives process 0's answer in all of them. A dataset's example i is input_ids[offsets[i] : offsets[i + 1]].
+# gives process 0's answer in all of them; run.tokens_at_once bounds a micro-batch, the part of a batch that is run at
+# once. A dataset's example i is input_ids[offsets[i] : offsets[i + 1]].
 
 
 def targets_of(dataset, teacher_logits, device):
     """What distillation_loss takes besides logits and λ, for all examples, on the device: labels, teachers' logits and
-    own (N, K), regression (N,). Without teachers λ is 1, and the labels stand in for their logits."""
+    own (N, K), regression (N,). Without teachers λ is 1, and labels fill the place of the logits, which do not count."""
     counts = [task.num_outputs for task in dataset.tasks]
     owner = np.repeat(np.arange(len(counts)), counts)  # (K,)
     own = owner == dataset.task_ids[:, None]  # (N, K)
@@ -253,37 +255,37 @@ def targets_of(dataset, teacher_logits, device):
     return [torch.from_numpy(array).to(device) for array in (dataset.labels, teacher_logits, own, regression)]
 
 
-@within_memory  # where it runs out, the gradients are zeroed, and all is done again in smaller micro-batches
+@within_memory  # if the device runs out of memory: halve run.tokens_at_once, zero the gradients, call again
 def add_gradients(model, dataset, targets, examples, gold_weight, seed, run):
-    """Add the gradient of the examples' summed loss to the parameters' (zero before), and return the loss.
+    """Add the gradient of the loss, summed over the examples, to the parameters' (zero before), and return the loss.
 
-    The gradient of a sum is the sum of gradients: a micro-batch at a time, as many tokens as the device holds at once.
+    The gradient of a sum is the sum of gradients, so it is computed a micro-batch at a time. The original sums too; with
+    the same clip, a mean would be another algorithm.
     """
     torch.manual_seed(seed)
     weight = torch.full((), gold_weight, device=run.device)
     total = torch.zeros((), device=run.device)
     for part in micro_batches(dataset, examples, run.tokens_at_once):
-        batch = upload(pack(dataset, part), part, run.device)
+        batch = upload(pack(dataset, part), run.device)
         logits = model(batch, run.bfloat16)  # (B, K)
-        part_targets = [target.index_select(0, batch.examples) for target in targets]  # (B, K) or (B,) each
-        loss = distillation_loss(logits, *part_targets, weight).sum()
+        labels, teacher_logits, own, regression = (target.index_select(0, batch.examples) for target in targets)
+        loss = distillation_loss(logits, labels, teacher_logits, own, regression, weight).sum()
         loss.backward()
         total += loss.detach()
     return total
 
 
 def rehearse(model, dataset, targets, run):
-    """On CUDA, compile the encoder by a pass over the largest micro-batch, that of the longest examples. Its gradients
-    are zeroed."""
+    """On CUDA, compile the encoder by a pass over the largest micro-batch, that of the longest examples."""
     lengths = np.diff(dataset.offsets)  # (N,)
     longest = np.argsort(-lengths)[: max(1, run.tokens_at_once // lengths.max())]
     run.compile_encoder(model, lambda: add_gradients(model, dataset, targets, longest, 1.0, seed=0, run=run))
 
 
 def training_identity(model, recipe, dataset, teacher_logits, seed):
-    """A number that changes with whatever decides a training, so that none resumes another's checkpoint."""
+    """A number that tells trainings apart, so that none resumes another's checkpoint."""
     arrays = [dataset.input_ids, dataset.labels] + ([] if teacher_logits is None else [teacher_logits])
-    arrays.append(model.word_embeddings.weight[:100].detach().cpu().numpy())  # enough to tell checkpoints apart
+    arrays.append(model.word_embeddings.weight[::100].detach().cpu().numpy())  # tells pre-trained encoders apart
     digest = hashlib.sha256(repr((model.config, recipe, seed)).encode())
     for array in arrays:
         digest.update(np.ascontiguousarray(array))
@@ -299,13 +301,15 @@ def train(model, dataset, teacher_logits, recipe, seed, run, folder=None, evalua
     folder = folder or run.folder
     num_steps = max(1, int(recipe.epochs * len(dataset) / recipe.batch_size))
     sizes = np.bincount(dataset.task_ids)  # examples of each task
-    # (num_steps, batch_size) examples: the task of each is drawn with p ∝ size^exponent, in shuffled passes over it.
+    # (num_steps, batch_size) examples: the task of each is drawn with p ∝ size^exponent; a task's examples come in
+    # shuffled passes.
     schedule = sample_schedule(sizes, num_steps, recipe.batch_size, recipe.exponent, seed)
     targets = targets_of(dataset, teacher_logits, run.device)
     has_teacher = teacher_logits is not None
     training = training_identity(model, recipe, dataset, teacher_logits, seed)
     optimizer = Adam(model, recipe)
-    start, num_bytes = resume(run, folder / CHECKPOINT, optimizer.state(training, 0, 0))  # filled from a checkpoint
+    # A checkpoint of this training overwrites the optimizer's vectors, and with them the model's parameters.
+    start, num_bytes = resume(run, folder / CHECKPOINT, optimizer.state(training, 0, 0))
     progress = Progress(run, folder, start, num_bytes, dataset, schedule)
     model.train()
     rehearse(model, dataset, targets, run)
@@ -338,7 +342,7 @@ def predict(model, dataset, task, run, may_stop=True):
     for examples in parts[run.rank :: run.world]:
         if may_stop and run.world == 1:  # stopping one process here would hang the all_reduce below
             run.stop_if_asked()
-        batch = upload(pack(dataset, examples), examples, run.device)
+        batch = upload(pack(dataset, examples), run.device)
         logits = model(batch, run.bfloat16)  # (B, K)
         outputs[batch.examples.long()] = logits[:, model.columns[task.name]]
     run.all_reduce(outputs)
@@ -368,21 +372,21 @@ def dev_scores(model, tasks, data, run):
     scores = {}
     for task in tasks:
         dataset = data[task.name][task.dev[0][0]]
-        logits = predict(model, dataset, task, run, may_stop=False)  # the training goes on, and saves, before it stops
+        logits = predict(model, dataset, task, run, may_stop=False)  # on a signal train() saves first
         scores[task.name] = glue_data.score(task, logits, dataset.labels)[task.metrics[0]]
     return scores
 
 
 # ---------------------------------------------------------------------------------------------------------- born again
-# A student starts from a public checkpoint, not from its teacher's weights; in the paper from the same one, so that it
-# has its teacher's architecture. What passes from one to the other is an array of logits (N, K).
+# A student starts from a public checkpoint, not from its teacher's weights. In the paper both start from the same one:
+# the student is its teacher born again. What passes from one to the other is an array of logits (N, K).
 
 
 def run_regime(experiment, run, name, trial, copy=1):
     """Train a row of the table and return {task: folder of the model that has its head}.
 
-    Its teachers come first, by recursion: experiment.copies models for each, in folders name, name-2, name-3, ..., and
-    with seeds of their own (model_seed).
+    Its teachers come first, by recursion: experiment.copies of each, in folders NAME, NAME-2, NAME-3, ..., with seeds
+    of their own (model_seed). Copies share their own teachers.
     """
     regime = REGIMES[name]
     teachers = []  # {task: folder} of each copy
@@ -392,7 +396,7 @@ def run_regime(experiment, run, name, trial, copy=1):
     top = run.folder / f"trial-{trial}" / (name + experiment.suffix + (f"-{copy}" if copy > 1 else ""))
     models = models_of(regime, experiment.tasks, top)
     for folder, tasks in models.items():
-        if not run.exists(folder / "scores.json"):  # which training writes last
+        if not run.exists(folder / "scores.json"):  # which train_model writes last
             train_model(experiment, run, regime, tasks, teachers, folder)
     return {task.name: folder for folder, tasks in models.items() for task in tasks}
 
@@ -425,13 +429,13 @@ def train_model(experiment, run, regime, tasks, teachers, folder):
         run.on_rank_0(tokenizer.save, folder, recipe.max_length)
         run.on_rank_0(save_pretrained, model, folder, heads={task.name: task.labels for task in tasks})
     scores = evaluate(model, tasks, experiment.data, run, folder)
-    for path in (folder / CHECKPOINT, previous(folder / CHECKPOINT)):
+    for path in (folder / CHECKPOINT, previous(folder / CHECKPOINT)):  # the weights have been written
         run.on_rank_0(path.unlink, missing_ok=True)
     run.on_rank_0(write_whole, folder / "scores.json", to_json(scores))
 
 
 def teacher_outputs(data, run, task, folder):
-    """A teacher's logits (N, outputs) on its own training set, in its order; both orders of the symmetric tasks."""
+    """A teacher's logits (N, outputs) on its own training set, in its order, the swapped pairs of symmetric tasks too."""
     path = folder / f"{task.name}.train-logits.npy"
     if not run.exists(path):
         logits = predict(load_pretrained(folder).to(run.device), data[task.name]["train"], task, run)
@@ -450,9 +454,9 @@ def average_teacher(data, run, task, teachers):
     return (logits.log_softmax(-1).logsumexp(0) - np.log(len(teachers))).numpy()
 
 
-def model_seed(seed, name):
+def model_seed(seed, path):
     """A seed for every model of every trial; else a student would share its teacher's batches and dropout."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name.as_posix()}".encode()).digest()[:4], "little") >> 1
+    return int.from_bytes(hashlib.sha256(f"{seed}/{path.as_posix()}".encode()).digest()[:4], "little") >> 1
 
 
 # ----------------------------------------------------------------------------------- the paper's table, the submission
@@ -467,12 +471,13 @@ def collect(folders, tasks):
     results = {}
     for name in [name + suffix for name in REGIMES for suffix in (TEACHER, "")]:
         for folder in folders:
-            for top in sorted(folder.glob(f"trial-*/{name}"), key=lambda top: (len(str(top)), top)):  # 2 before 10
-                models = models_of(REGIMES[name.removesuffix(TEACHER)], tasks, top)
-                is_copy = not top.parent.name.removeprefix("trial-").isdecimal()  # such as trial-1-backup
-                if not is_copy and all((model / "scores.json").exists() for model in models):
-                    trial = [read_json(model / "scores.json") for model in models]
-                    results.setdefault(name, []).append(dict(item for scores in trial for item in scores.items()))
+            trials = [int(path.name[6:]) for path in folder.glob("trial-*") if path.name[6:].isdecimal()]
+            for trial in sorted(trials):
+                models = models_of(REGIMES[name.removesuffix(TEACHER)], tasks, folder / f"trial-{trial}" / name)
+                paths = [model / "scores.json" for model in models]
+                if all(path.exists() for path in paths):
+                    scores = dict(item for path in paths for item in read_json(path).items())
+                    results.setdefault(name, []).append(scores)
     return results
 
 
@@ -502,13 +507,13 @@ def table(summary, tasks):
     rows = [["Model", *columns]]
     for name, row in summary.items():
         suffix = ", teacher" if name.endswith(TEACHER) else ""
-        lines = {REGIMES[name.removesuffix(TEACHER)].label + suffix: "{median:.1f}"}  # {label: a cell's format}
+        formats = {REGIMES[name.removesuffix(TEACHER)].label + suffix: "{median:.1f}"}  # {label: a cell's format}
         if row["trials"] > 1:
-            lines[f"  {row['trials']} trials"] = "{least:.1f}–{greatest:.1f}"
+            formats[f"  {row['trials']} trials"] = "{least:.1f}–{greatest:.1f}"
         for baseline in BASELINES:
             if f"p_{baseline}" in row["Avg"]:
-                lines[f"  p against {REGIMES[baseline].label}"] = f"{{p_{baseline}:.3f}}"
-        rows += [[label, *(cell.format(**row[column]) for column in columns)] for label, cell in lines.items()]
+                formats[f"  p against {REGIMES[baseline].label}"] = f"{{p_{baseline}:.3f}}"
+        rows += [[label, *(cell.format(**row[column]) for column in columns)] for label, cell in formats.items()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     lines.insert(1, "-" * len(lines[0]))
@@ -530,7 +535,7 @@ def submit(experiment, run, folders, path):
                 missing.append(name)
                 continue
             if task in experiment.tasks:
-                if folders[task.name] != loaded:  # one model in memory at a time
+                if folders[task.name] != loaded:  # a model of several tasks is loaded once
                     loaded = folders[task.name]
                     model = load_pretrained(loaded).to(run.device)
                 words = glue_data.answers(task, predict(model, dataset, task, run))
@@ -561,14 +566,14 @@ def load_experiment(args, run):
         folder = data_folder(args, run)
         checkpoint = checkpoint_folder(args.checkpoint, run)
 
-    def tokenized_for(checkpoint):
-        return load_data(run, tasks, folder, checkpoint, single.max_length, args.limit)
-
-    experiment = Experiment(tasks, tokenized_for(checkpoint), checkpoint, single, multi, args.seed, args.teachers)
+    reading = (run, tasks, folder, single.max_length, args.limit)  # recipes() sees to one max_length
+    data = load_data(checkpoint, *reading)
+    experiment = Experiment(tasks, data, checkpoint, single, multi, args.seed, args.teachers)
     if args.teacher_checkpoint:
         checkpoint = checkpoint_folder(args.teacher_checkpoint, run)
-        teachers = replace(experiment, data=tokenized_for(checkpoint), checkpoint=checkpoint, suffix=TEACHER)
-        experiment = replace(experiment, teacher_experiment=teachers)
+        data = load_data(checkpoint, *reading)
+        of_teachers = replace(experiment, data=data, checkpoint=checkpoint, suffix=TEACHER)
+        experiment = replace(experiment, teacher_experiment=of_teachers)
     run.claim(identity(experiment, run, folder, args.limit))
     return experiment
 
@@ -611,14 +616,14 @@ def main(argv=None):
     if args.table:
         return compare(args.table)
     with Run(
-        args.out, args.device, args.precision, args.save_minutes, args.save_steps, args.compile, args.wait_minutes,
-        args.evaluate_every,
+        args.out, args.device, args.precision, save_minutes=args.save_minutes, save_steps=args.save_steps,
+        compile=args.compile, wait_minutes=args.wait_minutes, evaluate_every=args.evaluate_every,
     ) as run:  # fmt: skip
         run.catch_signals()
         run.say(f"computing on {run.device} in {'bfloat16' if run.bfloat16 else 'float32'}")
         experiment = load_experiment(args, run)
         for trial in range(1, args.trials + 1):
-            for name in args.regime:
+            for name in args.regime:  # by default single-multi, whose teachers are trained by recursion
                 folders = run_regime(experiment, run, name, trial)
                 submit(experiment, run, folders, run.folder / f"trial-{trial}" / name / "submission.zip")
         run.on_rank_0(report, run, experiment.tasks)

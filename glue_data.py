@@ -433,12 +433,15 @@ class Batch:
       0   0 0 0   0   1 1   1     0   0 0   0     0   0   0       segment_ids  (T,)
       0   1 2 3   4   5 6   7     0   1 2   3     0   1   2       position_ids (T,)
       0                           8              12         15    cu_seqlens   (B + 1,)
+
+    and which examples of the dataset these are, (B,).
     """
 
     input_ids: np.ndarray
     segment_ids: np.ndarray
     position_ids: np.ndarray
     cu_seqlens: np.ndarray
+    examples: np.ndarray
 
 
 def micro_batches(dataset, examples, num_tokens):
@@ -461,7 +464,7 @@ def pack(dataset, examples):
     position_ids = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)  # (T,)
     input_ids = dataset.input_ids[np.repeat(starts, lengths) + position_ids]  # (T,)
     segment_ids = position_ids >= np.repeat(dataset.segment_starts[examples], lengths)  # (T,)
-    return Batch(*(array.astype(np.int32) for array in (input_ids, segment_ids, position_ids, cu_seqlens)))
+    return Batch(*(array.astype(np.int32) for array in (input_ids, segment_ids, position_ids, cu_seqlens, examples)))
 
 
 # ------------------------------------------------------------------------------------------------------------- metrics

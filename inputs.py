@@ -169,7 +169,7 @@ def download(*arguments):
 # ------------------------------------------------------------------------------------------------------------ contents
 
 
-def load_data(run, tasks, folder, checkpoint, max_length, limit):
+def load_data(checkpoint, run, tasks, folder, max_length, limit):
     """{task: {split: Dataset}} of all files that are there, tokenized for the checkpoint, which is checked too."""
     config = load_pretrained(checkpoint, {"": 1}, run.say).config
     tokenizer = Tokenizer(checkpoint)

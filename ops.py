@@ -73,15 +73,15 @@ class Packed(NamedTuple):
     layout: "Padded | Buckets"  # where each sequence lies, for attention
 
 
-def upload(batch, examples, device):
-    """A glue_data.Batch and its examples' indices (B,) as a Packed on the device."""
+def upload(batch, device):
+    """A glue_data.Batch as a Packed on the device."""
     if device.type != "cpu":
-        return upload_padded(batch, examples, device)
-    tokens = map(torch.from_numpy, (batch.input_ids, batch.segment_ids, batch.position_ids))
-    return Packed(*tokens, torch.from_numpy(examples), Buckets(batch.cu_seqlens))
+        return upload_padded(batch, device)
+    tokens = map(torch.from_numpy, (batch.input_ids, batch.segment_ids, batch.position_ids, batch.examples))
+    return Packed(*tokens, Buckets(batch.cu_seqlens))
 
 
-def upload_padded(batch, examples, device):
+def upload_padded(batch, device):
     """The same for an accelerator: one copy out of pinned memory, for which nothing waits. The layout is Padded.
 
     One more sequence stands at the end, of one token. Nobody reads it, so that its gradients are 0: padding borrows it.
@@ -89,7 +89,7 @@ def upload_padded(batch, examples, device):
     """
     tokens = [np.append(array, 0) for array in (batch.input_ids, batch.segment_ids, batch.position_ids)]  # (T,) each
     lengths = np.append(np.diff(batch.cu_seqlens), 1)  # (B,)
-    arrays = [*tokens, *padded_indices(lengths), lengths, examples]
+    arrays = [*tokens, *padded_indices(lengths), lengths, batch.examples]
     flat = torch.from_numpy(np.concatenate(arrays, dtype=np.int32, casting="same_kind"))
     if device.type == "cuda":
         flat = flat.pin_memory()

@@ -312,8 +312,8 @@ class Run:
 
 
 def within_memory(function):
-    """A decorator: whenever the device runs out of memory in function(model, ..., run=run), halve the micro-batches from
-    there on, zero the gradients, and call it again."""
+    """A decorator: whenever the device runs out of memory in function(model, ..., run=run), halve the micro-batches
+    from there on, zero the gradients, and call it again."""
 
     @functools.wraps(function)
     def call(model, *args, run, **more):
@@ -439,8 +439,8 @@ class Progress:
                 raise TrainingError(f"{problem}; nothing of it was saved. Its examples: {examples}")
 
     def sync(self):
-        """Before a checkpoint: raise for a gradient that was not finite, bring metrics.jsonl to the disk, and return its
-        size in bytes."""
+        """Before a checkpoint: raise for a gradient that was not finite, bring metrics.jsonl to the disk, and return
+        its size in bytes."""
         self.check()
         if self.run.rank == 0:
             os.fsync(self.metrics.fileno())

@@ -108,8 +108,8 @@ def packed(input_ids, segment_ids, lengths, upload=ops.upload):
     """Padded (B, L) arrays as an ops.Packed."""
     tokens = [np.concatenate([row[:n] for row, n in zip(array, lengths, strict=True)]) for array in (input_ids, segment_ids)]
     positions = np.concatenate([np.arange(n) for n in lengths])
-    batch = glue_data.Batch(*(array.astype(np.int32) for array in (*tokens, positions, starts_of(lengths))))
-    return upload(batch, np.arange(len(lengths)), torch.device("cpu"))
+    arrays = (*tokens, positions, starts_of(lengths), np.arange(len(lengths)))
+    return upload(glue_data.Batch(*(array.astype(np.int32) for array in arrays)), torch.device("cpu"))
 
 
 def starts_of(lengths):
@@ -776,8 +776,9 @@ def buckets(lengths):
 
 def padded(lengths):
     """The Padded layout of sequences, as upload_padded makes it."""
-    batch = glue_data.Batch(*[np.zeros(sum(lengths), np.int32)] * 3, starts_of(lengths).astype(np.int32))
-    return ops.upload_padded(batch, np.arange(len(lengths)), torch.device("cpu")).layout
+    tokens = np.zeros(sum(lengths), np.int32)
+    batch = glue_data.Batch(tokens, tokens, tokens, starts_of(lengths).astype(np.int32), np.arange(len(lengths)))
+    return ops.upload_padded(batch, torch.device("cpu")).layout
 
 
 def attention_inputs(only_cls, lengths=LENGTHS, heads=2, size=8, dtype=torch.double):
@@ -2103,7 +2104,7 @@ def test_teachers_of_another_checkpoint_teach_by_their_outputs_alone(small, comm
         folders = [out / "trial-1" / name / task for name in ("single-teacher", "single-teacher-2")]
         models = [load_pretrained(folder).eval() for folder in folders]
         data = load_dataset(TASKS[task], "train", small[1].parent / "glue", Tokenizer(big), 40)
-        batch = ops.upload(pack(data, np.arange(len(data))), np.arange(len(data)), torch.device("cpu"))
+        batch = ops.upload(pack(data, np.arange(len(data))), torch.device("cpu"))
         outputs[task] = torch.stack([model(batch).detach() for model in models])
     given = torch.tensor(given[-1])
     torch.testing.assert_close(given[:24, :2].softmax(-1), outputs["rte"].softmax(-1).mean(0), atol=1e-5, rtol=0)
@@ -2120,7 +2121,7 @@ def test_unknown_tokens_are_named(small, tmp_path):
     shutil.copytree(small[1].parent / "glue", tmp_path / "glue")
     (tmp_path / "glue" / "RTE" / "dev.tsv").write_text(f"{HEADERS['rte']}\n0\tz z\tw0\tentailment\n")
     with Run(tmp_path / "run", "cpu") as run:
-        inputs.load_data(run, [TASKS["rte"]], tmp_path / "glue", small[1].parent / "checkpoint", 40, None)
+        inputs.load_data(small[1].parent / "checkpoint", run, [TASKS["rte"]], tmp_path / "glue", 40, None)
     said = (tmp_path / "run" / "log.txt").read_text()
     assert re.findall("warning: .*", said) == ["warning: 67% of the tokens of RTE dev are [UNK]; is it the right tokenizer?"]
 
@@ -2348,7 +2349,7 @@ def test_exported_models_are_hugging_faces(quick, command, tmp_path):
         assert tuple(theirs.config.id2label.values()) == (TASKS[name].labels or ("score",))
         auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "all" / name)
         texts = auto(sentences.first[:20], sentences.second[:20], padding=True, return_tensors="pt")
-        batch = ops.upload(pack(data, np.arange(20)), np.arange(20), torch.device("cpu"))
+        batch = ops.upload(pack(data, np.arange(20)), torch.device("cpu"))
         assert texts["input_ids"][0, : data.offsets[1]].tolist() == data.input_ids[: data.offsets[1]].tolist()
         torch.testing.assert_close(theirs(**texts).logits, model(batch)[:, model.columns[name]], atol=1e-5, rtol=0)
     assert auto(sentences.first[0])["input_ids"] == [tokenizer.cls_id, *tokenizer(sentences.first)[0], tokenizer.sep_id]
