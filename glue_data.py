@@ -3,7 +3,7 @@
     tasks        what GLUE says of each task                         TASKS, resolve
     reading      TSV files to sentences and labels                   read_split, read_sentences
     tokenizing   sentences to token ids                              Dataset, load_glue, text_dataset
-    mixing       several tasks to one stream of examples             mix, sample_schedule
+    mixing       several tasks to one stream of examples             concatenate, sample_schedule
     batches      examples to one row of tokens                       micro_batches, pack
     metrics      outputs to the figures of the paper's table         score, mann_whitney_p
     submission   outputs to what gluebenchmark.com accepts           answers, submission_zip

@@ -9,6 +9,7 @@ Nothing here knows the paper: bam.py decides what is trained, and asks a Run to 
 """
 
 import contextlib
+import ctypes
 import datetime
 import fcntl
 import functools
@@ -328,6 +329,12 @@ def within_memory(function):
             model.zero_grad(set_to_none=False)
 
     return call
+
+
+def release_freed_memory():
+    """Give freed memory back to the system. glibc keeps it, and from model to model more of it would be kept."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
