@@ -246,7 +246,7 @@ class Adam:
 
 def targets_of(dataset, teacher_logits, device):
     """What distillation_loss takes besides logits and λ, for all examples, on the device: labels, teachers' logits and
-    own (N, K), regression (N,). Without teachers λ is 1, and labels fill the place of the logits, which do not count."""
+    own (N, K), regression (N,). Without teachers λ is 1, and the labels fill the logits' place, which does not count."""
     counts = [task.num_outputs for task in dataset.tasks]
     owner = np.repeat(np.arange(len(counts)), counts)  # (K,)
     own = owner == dataset.task_ids[:, None]  # (N, K)
@@ -259,8 +259,8 @@ def targets_of(dataset, teacher_logits, device):
 def add_gradients(model, dataset, targets, examples, gold_weight, seed, run):
     """Add the gradient of the loss, summed over the examples, to the parameters' (zero before), and return the loss.
 
-    The gradient of a sum is the sum of gradients, so it is computed a micro-batch at a time. The original sums too; with
-    the same clip, a mean would be another algorithm.
+    The gradient of a sum is the sum of gradients, so it is computed a micro-batch at a time. The original sums too;
+    with the same clip, a mean would be another algorithm.
     """
     torch.manual_seed(seed)
     weight = torch.full((), gold_weight, device=run.device)
@@ -359,7 +359,8 @@ def evaluate(model, tasks, data, run, folder):
             logits = predict(model, dataset, task, run)
             scores[task.name][split] = score = glue_data.score(task, logits, dataset.labels)
             words = glue_data.answers(task, logits)
-            run.on_rank_0(write_whole, folder / f"{task.name}.{split}.tsv", glue_data.predictions_tsv(words, dataset.index))
+            predictions = glue_data.predictions_tsv(words, dataset.index)
+            run.on_rank_0(write_whole, folder / f"{task.name}.{split}.tsv", predictions)
             shown = f"{task.metrics[0]} {score[task.metrics[0]]:.1f}"
             if len(set(words)) == 1 < len(words):
                 shown += f", a collapsed run: every answer is {words[0]}"
@@ -436,7 +437,7 @@ def train_model(experiment, run, regime, tasks, teachers, folder):
 
 
 def teacher_outputs(data, run, task, folder):
-    """A teacher's logits (N, outputs) on its own training set, in its order, the swapped pairs of symmetric tasks too."""
+    """A teacher's logits (N, outputs) on its own training set, in its order, swapped pairs of symmetric tasks too."""
     path = folder / f"{task.name}.train-logits.npy"
     if not run.exists(path):
         logits = predict(load_pretrained(folder).to(run.device), data[task.name]["train"], task, run)

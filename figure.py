@@ -53,7 +53,8 @@ def read_run(folder):
         entries = [parse(line, f"{log}, line {number}") for number, line in enumerate(lines, 1)]
         training = [entry for entry in entries if "loss" in entry]
         dev = {entry["step"]: entry["dev"] for entry in entries if "dev" in entry}
-        scores = {name: next(iter(next(iter(splits.values())).items())) for name, splits in read_json(path / "scores.json").items()}
+        splits = {name: next(iter(splits.values())) for name, splits in read_json(path / "scores.json").items()}
+        scores = {name: next(iter(metrics.items())) for name, metrics in splits.items()}  # the paper's split and metric
         num_steps = training[-1]["step"] + 1 if training else 1
         if dev and scores:
             dev[num_steps] = {name: percent for name, (_, percent) in scores.items()}

@@ -53,7 +53,8 @@ def one_or_two(entry):
 
     def convert_both(text):
         single, _, multi = text.partition(",")
-        return [None if word == "none" and entry.default is None else convert(word) for word in (single, multi or single)]
+        words = (single, multi or single)
+        return [None if word == "none" and entry.default is None else convert(word) for word in words]
 
     convert_both.__name__ = convert.__name__
     return convert_both
