@@ -33,10 +33,20 @@ text { fill: currentColor; }  .page { fill: #ffffff; rx: 6px; }  [class*="-teach
 path { fill: none; stroke: currentColor; stroke-width: 1.5; stroke-linecap: round; stroke-linejoin: round; }
 .level { stroke-dasharray: 4 4; }  .area { fill: currentColor; fill-opacity: 0.12; stroke: none; }
 """ + "".join(f".{regime}, .{regime}-teacher {{ color: {colour}; }}\n" for regime, colour in zip(REGIMES, COLOURS))
-WIDTH, EDGE, LEFT, PLOT, PITCH, COLUMNS = 908, 24, 226, 168, 226, 3  # px; the regimes' names are left of LEFT
-LINE, TALL = 18, 90  # px: a line of dots, a plot of curves
+# Sizes in px.
+WIDTH = 908
+EDGE = 24
+LEFT = 226  # of the panels; the regimes' names are left of it
+PLOT = 168  # a panel's width
+PITCH = 226  # from panel to panel
+LINE = 18  # the height of a line of dots
+TALL = 90  # the height of a plot of curves
+
+COLUMNS = 3  # panels side by side
 # The marks of a legend: of a regime's dots, of its curve, and of the level that it reached.
-DOT, CURVE, LEVEL = '<circle r="3.5"/>\n', '<path d="M-4,0L8,0"/>\n', '<path d="M-8,0L12,0" class="level"/>\n'
+DOT = '<circle r="3.5"/>\n'
+CURVE = '<path d="M-4,0L8,0"/>\n'
+LEVEL = '<path d="M-8,0L12,0" class="level"/>\n'
 
 # task: "" for a model of all tasks. training: [{"step", "loss", ...}]. dev: {finished steps: {task: percent}}.
 # scores: {task: (metric, percent)}, the final dev scores in the paper's metric; {} while training goes on.
@@ -129,7 +139,8 @@ def group(content, x=0.0, y=0.0, style=""):
 
 def axis(values, from_zero):
     """(low, high, at most five round numbers from low to high): percent from at least 2 of them, or all from 0 on."""
-    low, high = min(values, default=0), max(values, default=0)
+    low = min(values, default=0)
+    high = max(values, default=0)
     margin = max(0.05 * (high - low), 1 - (high - low) / 2)  # a small difference should look small
     low, high = (0, 1.05 * high or 1) if from_zero else (low - margin, high + margin)
     power = 10.0 ** math.floor(math.log10((high - low) / 4))
@@ -226,7 +237,8 @@ def lay_out(title, note, legend, panels, height):
         names += group(group(mark, style=regime) + text(16, 4, LABELS[regime]), EDGE + 4, LINE * (index + 0.5))
     pitch = max(height, LINE * len(legend)) + 62
     for index, (name, unit, content) in enumerate(panels):
-        x, y = PITCH * (index % COLUMNS), 80 + pitch * (index // COLUMNS)
+        x = PITCH * (index % COLUMNS)
+        y = 80 + pitch * (index // COLUMNS)
         drawing += group(names, 0, y) if x == 0 else ""
         drawing += group(text(0, -12, name, "strong", unit) + content, LEFT + x, y)
     return drawing, 62 + pitch * math.ceil(len(panels) / COLUMNS)

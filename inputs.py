@@ -52,8 +52,8 @@ def one_or_two(entry):
     convert = number(int if entry.type is int else float, entry.metadata["low"], entry.metadata["high"])
 
     def convert_both(text):
-        single, _, multi = text.partition(",")
-        words = (single, multi or single)
+        single, comma, multi = text.partition(",")
+        words = (single, multi if comma else single)
         return [None if word == "none" and entry.default is None else convert(word) for word in words]
 
     convert_both.__name__ = convert.__name__

@@ -222,8 +222,10 @@ def read_config(path):
         config = BertConfig(**{field.name: values[field.name] for field in fields(BertConfig) if field.name in values})
         for field in fields(BertConfig):
             value = getattr(config, field.name)
-            if field.type is not str and (not isinstance(value, (int, field.type)) or value < 0):
-                raise ValueError(f"{field.name} is {value!r}; expected a number ({field.type.__name__})")
+            if field.type is int and not (isinstance(value, int) and value >= 0):
+                raise ValueError(f"{field.name} is {value!r}; expected a whole number from 0")
+            if field.type is float and not (isinstance(value, (int, float)) and 0 <= value < 1):
+                raise ValueError(f"{field.name} is {value!r}; expected a number from 0 to below 1")
         if config.hidden_size % config.num_attention_heads:
             raise ValueError(f"{config.num_attention_heads} heads do not divide hidden_size {config.hidden_size}")
         if config.type_vocab_size < 2:

@@ -1185,8 +1185,9 @@ def test_folders_that_are_no_checkpoint(checkpoint, tmp_path):
     [
         ({"model_type": "roberta"}, "model_type is 'roberta'; expected 'bert' or 'electra'"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'; expected 'gelu'"),
-        ({"hidden_size": None}, r"hidden_size is None; expected a number \(int\)"),
-        ({"hidden_dropout_prob": "0.1"}, r"hidden_dropout_prob is '0.1'; expected a number \(float\)"),
+        ({"hidden_size": None}, "hidden_size is None; expected a whole number from 0"),
+        ({"hidden_dropout_prob": "0.1"}, "hidden_dropout_prob is '0.1'; expected a number from 0 to below 1"),
+        ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob is 1.0"),
         ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
         ({"num_attention_heads": 3}, "3 heads do not divide hidden_size 16"),
         ({"num_attention_heads": 0}, "is not BERT's configuration: .* by zero"),
@@ -2154,6 +2155,7 @@ def test_bad_flags_are_refused_before_any_training(refuses, tmp_path):
     refuses("--batch-size: invalid whole number value: 'x'", batch_size="x")
     refuses("--gold-weight: 2 is not from 0 to 1", gold_weight="2")
     refuses("--epochs: invalid number value: '1,2,3'", epochs="1,2,3")
+    refuses("--epochs: invalid number value: '1,'", epochs="1,")
     refuses("--max-length: the checkpoint has 40 positions", max_length=41)
     refuses("--device: 'gpu' cannot be used", device="gpu")
     refuses("unrecognized arguments: --no-such-flag=1", no_such_flag=1)

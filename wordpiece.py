@@ -51,11 +51,11 @@ class Tokenizer:
         single, pair = "[CLS]:0 $A:0 [SEP]:0", "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1"
         self.backend.post_processor = processors.TemplateProcessing(single, pair, special)
 
-    def __call__(self, texts, chunk=8192):
+    def __call__(self, texts):
         """The token ids of each text, without special tokens: a list of lists."""
         ids = []
-        for start in range(0, len(texts), chunk):  # the library's results for all at once would take gigabytes
-            encodings = self.backend.encode_batch_fast(texts[start : start + chunk], add_special_tokens=False)
+        for start in range(0, len(texts), 8192):  # the library's results for all at once would take gigabytes
+            encodings = self.backend.encode_batch_fast(texts[start : start + 8192], add_special_tokens=False)
             ids += [encoding.ids for encoding in encodings]
         return ids
 
