@@ -55,10 +55,10 @@ def to_json(value, indent=2):
 
 
 def read_json(path):
-    """The value of a JSON file that an earlier command has written. Raises UsageError."""
+    """The object in a JSON file that an earlier command has written. Raises UsageError."""
     try:
-        return json.loads(Path(path).read_bytes())
-    except (OSError, ValueError) as error:
+        return dict(json.loads(Path(path).read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{path}: cannot be read ({error}); expected what an earlier command wrote") from error
 
 
@@ -101,12 +101,13 @@ def first_line(error):
 # -------------------------------------------------------------------------------------------------------------- device
 
 
-def find_device(name, world):
-    """The torch.device of this name; auto: cuda where there is one. Each of several processes takes its own card."""
+def find_device(name, rank, world):
+    """The torch.device of this name; auto: cuda where there is one. Each of several processes takes its own card: the
+    one that torchrun says, or else the next in turn."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and world > 1:
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        name = f"cuda:{os.environ.get('LOCAL_RANK') or rank % max(1, torch.cuda.device_count())}"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -156,7 +157,7 @@ class Run:
         evaluate_every=0,
     ):  # fmt: skip
         self.rank, self.world = processes() if folder else (0, 1)
-        self.device = find_device(device, self.world)
+        self.device = find_device(device, self.rank, self.world)
         self.bfloat16 = multiplies_bfloat16(self.device) if precision == "auto" else precision == "bfloat16"
         self.tokens_at_once = CUDA_TOKENS if self.device.type == "cuda" else CPU_TOKENS
         self.save_seconds = save_minutes * 60

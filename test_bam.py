@@ -30,6 +30,7 @@ import time
 import zipfile
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -1887,6 +1888,15 @@ def test_distributed_variables_count_only_together(small, command, tmp_path, mon
             assert runtime.processes() == (0, 1)
 
 
+@pytest.mark.parametrize("local_rank, card", [("0", 0), ("", 1)])
+def test_each_process_has_its_own_card(monkeypatch, local_rank, card):
+    """The one that torchrun names; without torchrun, by the process's number, whatever the number of cards a machine."""
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "empty", lambda size, device: SimpleNamespace(device=device))
+    assert runtime.find_device("cuda", rank=3, world=4) == f"cuda:{card}"
+
+
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_lone_process_says_who_is_awaited_and_gives_up(command, tmp_path, monkeypatch, rank):
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -2085,6 +2095,8 @@ def test_regimes_trials_and_constant_weights(small, quick, command, tmp_path):
     assert "expected runs of bam.py with the same tasks" in command("--table", small[1], quick[0])[2]
     assert "two of the runs are the same" in command("--table", small[1], small[1])[2]
     assert "expected runs of bam.py" in command("--table", small[1] / "trial-1" / "single" / "rte")[2]
+    (tmp_path / "config.json").write_text("[1]")
+    assert "expected what an earlier command wrote" in command("--table", tmp_path)[2]
 
 
 def test_teachers_of_another_checkpoint_teach_by_their_outputs_alone(small, command, tmp_path, monkeypatch):
