@@ -338,8 +338,8 @@ def predict(model, dataset, task, run, may_stop=True):
     """One task's logits (N, its outputs) for every example of a dataset, dropout off, in the dataset's order."""
     model.eval()
     outputs = torch.zeros(len(dataset), task.num_outputs, device=run.device)  # (N, outputs)
-    parts = micro_batches(dataset, np.arange(len(dataset)), run.tokens_at_once)
-    for examples in parts[run.rank :: run.world]:
+    share = np.arange(run.rank, len(dataset), run.world)  # this process's examples
+    for examples in micro_batches(dataset, share, run.tokens_at_once):
         if may_stop and run.world == 1:  # stopping one process here would hang the all_reduce below
             run.stop_if_asked()
         batch = upload(pack(dataset, examples), run.device)

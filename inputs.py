@@ -152,7 +152,7 @@ def data_folder(args, run):
 
 def checkpoint_folder(name, run):
     """The folder of this name; or the one where the public checkpoint ORG/NAME is kept, downloaded if it is missing."""
-    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if Path(name).exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         return Path(name)
     folder = Path("checkpoints") / name
     if not any(run.exists(folder / file) for file in WEIGHTS):

@@ -288,7 +288,7 @@ class Run:
             dist.all_reduce(agreed, dist.ReduceOp.MAX)
             code = int(agreed)
         if code == 2 and not self.signals:  # another process was asked
-            self.signals.append(signal.SIGTERM)
+            self.ask_to_stop(signal.SIGTERM, None)
         if code:
             self.saved_at = time.monotonic()
         return code > 0
@@ -374,6 +374,8 @@ def restore(run, path, state):
         try:
             saved = read_safetensors(candidate)
         except CheckpointError as error:
+            if isinstance(error.__cause__, OSError):  # the disk's fault: the checkpoint may be good
+                raise
             run.say(f"{error}; going back to the one before it, or to the start")
             candidate.unlink()  # or the next one would move it over the one before it
             continue

@@ -30,7 +30,7 @@ import time
 import zipfile
 from dataclasses import fields, replace
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import Mock
 from xml.etree import ElementTree
 
 import numpy as np
@@ -1893,7 +1893,7 @@ def test_each_process_has_its_own_card(monkeypatch, local_rank, card):
     """The one that torchrun names; without torchrun, by the process's number, whatever the number of cards a machine."""
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch, "empty", lambda size, device: SimpleNamespace(device=device))
+    monkeypatch.setattr(torch, "empty", lambda size, device: Mock(device=device))
     assert runtime.find_device("cuda", rank=3, world=4) == f"cuda:{card}"
 
 
@@ -1974,6 +1974,41 @@ def test_a_batch_that_does_not_fit_is_split(training, monkeypatch):
     monkeypatch.setattr(runtime, "MIN_TOKENS", 512)  # where halving does not help, the error remains
     with pytest.raises(torch.OutOfMemoryError):
         training()
+
+
+def test_processes_share_the_predictions():
+    """Each predicts its own examples, also after one of them has run out of memory and takes smaller micro-batches."""
+    data = dataset([3, 9, 12, 9, 5, 7, 30, 4, 8, 40, 11])
+    model = tiny_model(std=0.2)
+    with one_thread():
+        run = Run(None, "cpu", "float32")
+        expected = bam.predict(model, data, TASKS["rte"], run)
+        found = []
+        for run.rank, run.world, run.tokens_at_once in ((0, 2, 60), (1, 2, 30)):
+            run.all_reduce = lambda outputs: found.append(outputs.clone())
+            bam.predict(model, data, TASKS["rte"], run)
+    np.testing.assert_allclose(sum(found), expected, atol=1e-6)
+
+
+def test_another_process_was_asked_to_stop(monkeypatch):
+    """All save and stop at the same step; a Ctrl-C in between is like any second signal."""
+    monkeypatch.setattr(runtime.dist, "all_reduce", lambda code, _: code.fill_(2))
+    run = Run(None, "cpu")
+    run.world = 2
+    assert run.time_to_save(0)
+    run.ask_to_stop(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        run.stop_if_asked()
+
+
+def test_a_disk_that_fails_costs_no_checkpoint(tmp_path, monkeypatch):
+    """A checkpoint that cannot be read for now ends the command, and stays: it may be good."""
+    state = {"training": torch.tensor(1), "progress": torch.tensor([1, 0])}
+    runtime.save_checkpoint(tmp_path / runtime.CHECKPOINT, state)
+    monkeypatch.setattr(np, "fromfile", Mock(side_effect=OSError(5, "Input/output error")))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        runtime.resume(Run(None, "cpu"), tmp_path / runtime.CHECKPOINT, state)
+    assert (tmp_path / runtime.CHECKPOINT).exists()
 
 
 def test_no_training_resumes_anothers_checkpoint():
@@ -2173,6 +2208,7 @@ def test_bad_flags_are_refused_before_any_training(refuses, tmp_path):
     refuses("unrecognized arguments: --no-such-flag=1", no_such_flag=1)
     refuses(f"--data: there is no folder {tmp_path / 'gleu'}; with --download", data=tmp_path / "gleu")
     refuses("--data: there is no folder ~/glue", data="~/glue")
+    refuses("typo: is no folder", checkpoint="./typo")  # and no checkpoint's name to download
     refuses("download_glue.sh glue glue_data failed, as said above; --demo needs no download", data="glue_data")
     vocab = tmp_path / "checkpoint" / "vocab.txt"
     refuses(f"{vocab}: is no folder; expected a checkpoint's folder, with model.safetensors", checkpoint=vocab)
