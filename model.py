@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ops import Take, dropout, linear_dropout_add_norm, linear_gelu
+from ops import dropout, linear_dropout_add_norm, linear_gelu
 
 # ------------------------------------------------------------------------------------------------------------- encoder
 
@@ -75,7 +75,7 @@ class BertLayer(nn.Module):
         p_attention = self.config.attention_probs_dropout_prob if self.training else 0.0
         if only_cls:
             kv = F.linear(x, self.qkv.weight[hidden:], self.qkv.bias[hidden:])  # (T, 2H)
-            x = Take.apply(x, layout.cls)  # (B, H)
+            x = x.index_select(0, layout.cls)  # (B, H)
             q = F.linear(x, self.qkv.weight[:hidden], self.qkv.bias[:hidden])  # (B, H)
             context = layout.attention(kv, heads, p_attention, q)  # (B, H)
         else:
@@ -117,22 +117,21 @@ class MultiTaskBert(nn.Module):
         self.head = nn.Linear(hidden, total)
         self.initialize()
 
-    def initialize(self):
-        """BERT's normal, truncated at two standard deviations; zero biases; the heads Glorot-uniform."""
+    @torch.no_grad()
+    def initialize(self, parts=""):
+        """New values for the parts whose names begin so: BERT's normal, truncated at two standard deviations; zero
+        biases; the heads Glorot-uniform, each task's by itself."""
         std = self.config.initializer_range
         for name, parameter in self.named_parameters():
+            if not name.startswith(parts):
+                continue
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
+            elif name == "head.weight":
+                for columns in self.columns.values():
+                    nn.init.xavier_uniform_(parameter[columns])
             elif "norm" not in name:
                 nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
-        self.initialize_heads()
-
-    @torch.no_grad()
-    def initialize_heads(self):
-        """New heads, each task's by itself."""
-        nn.init.zeros_(self.head.bias)
-        for columns in self.columns.values():
-            nn.init.xavier_uniform_(self.head.weight[columns])
 
     def depth(self, name):
         """A parameter's depth for layer-wise learning rates: 0 for embeddings, k + 1 for layer k (from 0), then the
@@ -186,6 +185,7 @@ class CheckpointError(ValueError):
 
 # The files that hold weights, the first that a folder has; an index lists the files over which they are spread.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+NO_POINTER = "not a Git LFS pointer, in whose place `git lfs pull` would put the weights"
 # What config.json may say; the first is meant where it says nothing.
 SUPPORTED = {
     "model_type": ("bert", "electra"),
@@ -267,26 +267,22 @@ def load_pretrained(folder, num_outputs=None, say=lambda line: None):
     files = weight_files(Path(folder))
     config = read_config(Path(folder) / "config.json")
     found = read_weights(files, f"{config.model_type}.")
-    new = ()  # the parts that the file does not hold
+    new = {}  # the parts that the file does not hold: {Hugging Face's prefix: our name}
     if num_outputs is None:
         heads = filter(None, map(re.compile(r"heads\.(.*)\.bias").fullmatch, found))
         num_outputs = {head[1]: len(found[head[0]]) for head in heads}
         if not num_outputs:
             raise CheckpointError(f"{files[0]}: no tensor 'heads.TASK.bias'; expected a model that bam.py has trained")
     else:
-        new += ("heads.",)
+        new["heads."] = "head"
         if config.model_type == "bert" and "bert.pooler.dense.weight" not in found:
-            new += ("bert.pooler.",)
+            new["bert.pooler."] = "pooler"
             say(f"{files[0]}: has no pooler; every model starts with a new one")
     with torch.device("meta"):  # random weights would be drawn for nothing
         model = MultiTaskBert(config, num_outputs)
     model.to_empty(device="cpu")
-    fill(model, found, files[0], new)
-    if "bert.pooler." in new:
-        nn.init.trunc_normal_(model.pooler.weight, std=0.02, a=-0.04, b=0.04)
-        nn.init.zeros_(model.pooler.bias)
-    if "heads." in new:
-        model.initialize_heads()
+    fill(model, found, files[0], tuple(new))
+    model.initialize(tuple(new.values()))
     return model
 
 
@@ -342,13 +338,12 @@ def read_weights(files, prefix):
 
 def read_pickle(path):
     """{name: tensor} of a file that torch.save wrote; it runs no code of the file."""
-    refuse_pointer(path)
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
         return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
     except Exception as error:  # a damaged pickle can raise anything
         reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{path}: cannot be read ({reason}); expected names and tensors") from error
+        raise CheckpointError(f"{path}: cannot be read ({reason}); expected names and tensors, {NO_POINTER}") from error
 
 
 def save_pretrained(model, folder, **more):
@@ -380,7 +375,6 @@ DTYPES = {
 def read_safetensors(path):
     """{name: tensor} of a safetensors file: an 8-byte header length, a JSON header, raw little-endian data. Raises
     CheckpointError where the file cannot be read, or does not have the sha256 that write_safetensors put into it."""
-    refuse_pointer(path)
     tensors = {}
     try:
         with open(path, "rb") as file:
@@ -388,23 +382,16 @@ def read_safetensors(path):
             header = json.loads(file.read(min(length, os.path.getsize(path))))
         digest = header.pop("__metadata__", {}).get("sha256")
         entries = {name: (DTYPES[e["dtype"]], e["shape"], *e["data_offsets"]) for name, e in header.items()}
-        data = np.fromfile(path, np.uint8, offset=8 + length) if entries else np.empty(0, np.uint8)
+        data = np.fromfile(path, np.uint8, offset=8 + length)
         for name, (dtype, shape, start, end) in entries.items():
             tensors[name] = torch.from_numpy(data[start:end]).view(dtype).view(shape)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is cut off or not safetensors ({error})") from error
+        raise CheckpointError(f"{path}: is cut off or not safetensors ({error}); {NO_POINTER}") from error
     if digest and digest != sha256(entries, [data]):
         raise CheckpointError(f"{path}: is damaged: its content does not have the sha256 that its header states")
     return tensors
-
-
-def refuse_pointer(path):
-    """Raise CheckpointError where a Git LFS pointer lies in place of a file."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        if file.read(40).startswith(b"version https://git-lfs"):
-            raise CheckpointError(f"{path}: is a Git LFS pointer, not the weights; `git lfs pull` fetches them")
 
 
 def sha256(entries, blobs):

@@ -216,7 +216,7 @@ class Buckets:
         buckets = zip(padded, self.masks, queries, strict=True)
         contexts = [attend(attention_on_cpu, x, mask, num_heads, p, q) for x, mask, q in buckets]
         context = torch.cat(contexts)  # (padded tokens or B, H)
-        return Take.apply(context, self.unpad) if cls_q is None else context[self.inverse]
+        return context.index_select(0, self.unpad) if cls_q is None else context[self.inverse]
 
 
 class Gather(torch.autograd.Function):
@@ -232,18 +232,3 @@ class Gather(torch.autograd.Function):
     def backward(ctx, grad):
         (inverse,) = ctx.saved_tensors
         return grad.index_select(0, inverse), None, None
-
-
-class Take(torch.autograd.Function):
-    """x[index] for an index without repeats, with a gradient that places rows, adds nothing, and is 0 elsewhere."""
-
-    @staticmethod
-    def forward(ctx, x, index):
-        ctx.save_for_backward(index)
-        ctx.num_rows = x.shape[0]
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (index,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.num_rows, grad.shape[1]).index_copy(0, index.long(), grad), None

@@ -1162,7 +1162,7 @@ def test_a_checkpoint_without_pooler_gets_a_new_one(checkpoint):
     torch.manual_seed(0)
     model = load_pretrained(checkpoint, {"rte": 2}, said.append)
     assert len(said) == 1 and "no pooler" in said[0]
-    assert 0.01 < model.pooler.weight.std() < 0.03 and not model.pooler.bias.any()
+    assert 0.5 < model.pooler.weight.std() / model.config.initializer_range < 1.5 and not model.pooler.bias.any()
     assert torch.equal(model.layers[2].ffn_out.weight, tiny_model().layers[2].ffn_out.weight)
     with pytest.raises(CheckpointError, match="no tensor 'bert.pooler"):
         load_pretrained(checkpoint)
