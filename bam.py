@@ -23,16 +23,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.optim.adamw import adamw
 
 import demo
 import figure
 import glue_data
-from glue_data import micro_batches, concatenate, pack, sample_schedule, block_diagonal
+from glue_data import block_diagonal, concatenate, micro_batches, pack, read_json, sample_schedule
 from inputs import checkpoint_folder, data_folder, identity, load_data, parse_args, recipes
 from model import WEIGHTS, load_pretrained, save_pretrained
 from ops import upload
 from runtime import (
-    CHECKPOINT, Progress, Run, UsageError, command, differences, previous, read_json, release_freed_memory, resume,
+    CHECKPOINT, Progress, Run, UsageError, command, differences, previous, release_freed_memory, resume,
     save_checkpoint, show, to_json, within_memory, write_whole,
 )  # fmt: skip
 from wordpiece import Tokenizer
@@ -108,10 +109,6 @@ class Experiment:
         """The experiment that trains the teachers: this one, unless they have another checkpoint."""
         return self.teacher_experiment or self
 
-    def recipe(self, regime):
-        """The recipe of a regime's models."""
-        return self.multi if regime.multi else self.single
-
 
 TEACHER = "-teacher"  # as in single-teacher/rte
 
@@ -184,16 +181,15 @@ class Adam:
         self.gradients = torch.zeros_like(self.values)
         self.mean = torch.zeros_like(self.values)
         self.square = torch.zeros_like(self.values)
-        groups = []  # of parameters that share a rate and a decay; each is one tensor, a part of the vector
+        self.count = torch.tensor(1e6, device=self.values.device)  # of steps: so many that AdamW's 1 − β^count is 1
+        self.groups = []  # of parameters that share a rate and a decay: (part of the vectors, decay, distance to head)
         end = 0
         for (depth, is_exempt), members in itertools.groupby(parameters, group_of):
             start = end
             for _, parameter in members:
                 end = self.move_into_vector(parameter, end)
             decay = 0.0 if is_exempt else recipe.weight_decay
-            distance_to_head = model.depth("head") - depth
-            groups.append({"part": slice(start, end), "weight_decay": decay, "distance_to_head": distance_to_head})
-        self.adam = self.fused_adam(groups)
+            self.groups.append((slice(start, end), decay, model.depth("head") - depth))
 
     def move_into_vector(self, parameter, start):
         """Make the parameter and its gradient views of the flat vectors; return where they end."""
@@ -203,27 +199,17 @@ class Adam:
         parameter.grad = self.gradients[part].view_as(parameter)
         return part.stop
 
-    def fused_adam(self, groups):
-        """torch's AdamW over the groups, with moments that are parts of our vectors. Its bias correction 1 − β^count is
-        turned off by a count so high that it is 1."""
-        for group in groups:
-            values = self.values[group["part"]]
-            values.grad = self.gradients[group["part"]]
-            group["params"] = [values]
-        adam = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-6, fused=True)
-        for group in groups:
-            moments = {"exp_avg": self.mean[group["part"]], "exp_avg_sq": self.square[group["part"]]}
-            count = torch.tensor(1e6, device=self.values.device)
-            adam.state[group["params"][0]] = {"step": count, **moments}
-        return adam
-
     def step(self, step, num_steps):
         """Update the parameters, zero the gradients, and return their norm before clipping (a tensor)."""
         norm = self.gradients.norm()
         self.gradients.mul_((self.recipe.clip_norm / norm).clamp(max=1))
-        for group in self.adam.param_groups:
-            group["lr"] = learning_rate(step, num_steps, self.recipe, group["distance_to_head"])
-        self.adam.step()
+        for part, decay, distance_to_head in self.groups:
+            rate = learning_rate(step, num_steps, self.recipe, distance_to_head)
+            vectors = [[vector[part]] for vector in (self.values, self.gradients, self.mean, self.square)]
+            adamw(
+                *vectors, [], [self.count], lr=rate, beta1=0.9, beta2=0.999, eps=1e-6, weight_decay=decay,
+                amsgrad=False, maximize=False, fused=True,
+            )  # fmt: skip
         self.gradients.zero_()
         return norm
 
@@ -301,9 +287,7 @@ def train(model, dataset, teacher_logits, recipe, seed, run, folder=None, evalua
     folder = folder or run.folder
     num_steps = max(1, int(recipe.epochs * len(dataset) / recipe.batch_size))
     sizes = np.bincount(dataset.task_ids)  # examples of each task
-    # (num_steps, batch_size) examples: the task of each is drawn with p ∝ size^exponent; a task's examples come in
-    # shuffled passes.
-    schedule = sample_schedule(sizes, num_steps, recipe.batch_size, recipe.exponent, seed)
+    schedule = sample_schedule(sizes, num_steps, recipe.batch_size, recipe.exponent, seed)  # (num_steps, batch_size)
     targets = targets_of(dataset, teacher_logits, run.device)
     has_teacher = teacher_logits is not None
     training = training_identity(model, recipe, dataset, teacher_logits, seed)
@@ -421,7 +405,7 @@ def train_model(experiment, run, regime, tasks, teachers, folder):
             teacher_logits = block_diagonal(outputs)  # (N, K), examples in the dataset's order
         torch.manual_seed(seed)
         model = load_pretrained(experiment.checkpoint, {task.name: task.num_outputs for task in tasks}).to(run.device)
-        recipe = experiment.recipe(regime)
+        recipe = experiment.multi if regime.multi else experiment.single
         train(
             model, dataset, teacher_logits, recipe, seed, run, folder,
             evaluate_now=lambda: dev_scores(model, tasks, experiment.data, run),
@@ -528,28 +512,24 @@ def submit(experiment, run, folders, path):
     if run.exists(path):
         return
     predictions = {}
-    loaded = None
-    missing = []
-    for task in glue_data.TASKS.values():
+    for task in experiment.tasks:
+        model = load_pretrained(folders[task.name]).to(run.device)
         for name, _ in task.test:
-            dataset = experiment.data.get(task.name, {}).get(name)
-            if dataset is None:
-                missing.append(name)
-                continue
-            if task in experiment.tasks:
-                if folders[task.name] != loaded:  # a model of several tasks is loaded once
-                    loaded = folders[task.name]
-                    model = load_pretrained(loaded).to(run.device)
+            if name in experiment.data[task.name]:
+                dataset = experiment.data[task.name][name]
                 words = glue_data.answers(task, predict(model, dataset, task, run))
-            else:  # WNLI gets its majority class, as in the paper
-                words = ["0"] * len(dataset)
-            predictions[name] = (words, dataset.index)
-    if loaded is None:  # WNLI's majority at most
+                predictions[name] = (words, dataset.index)
+    if not predictions:
         run.say(f"{path}: not written, since the data has no test files")
         return
+    wnli = experiment.data["wnli"].get("WNLI")
+    if wnli:  # it gets its majority class, as in the paper, if it is no task of the experiment
+        predictions.setdefault("WNLI", (["0"] * len(wnli), wnli.index))
     run.on_rank_0(write_whole, path, glue_data.submission_zip(predictions))
+    names = [name for task in glue_data.TASKS.values() for name, _ in task.test]
+    missing = [name for name in names if name not in predictions]
     absent = f"; not in it, so the leaderboard would refuse it: {', '.join(missing)}" if missing else ""
-    run.say(f"{path}: {len(predictions)} of 11 files{absent}")
+    run.say(f"{path}: {len(predictions)} of {len(names)} files{absent}")
 
 
 # --------------------------------------------------------------------------------------------------------- the command

@@ -15,6 +15,7 @@ several tasks side by side.
 import contextlib
 import hashlib
 import io
+import json
 import os
 import re
 import zipfile
@@ -128,6 +129,14 @@ def read_file(path, expected):
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); expected {expected}") from error
+
+
+def read_json(path):
+    """The object in a JSON file."""
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); expected a JSON object") from error
 
 
 def parse_tsv(data, path, wanted, header=()):

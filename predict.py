@@ -16,7 +16,7 @@ import glue_data
 from bam import REGIMES, predict
 from inputs import Parser
 from model import WEIGHTS, load_pretrained, public_tensors, write_config, write_safetensors
-from runtime import Run, UsageError, command, read_json
+from runtime import Run, UsageError, command
 from wordpiece import Tokenizer
 
 
@@ -26,7 +26,7 @@ def finished_models(run, tasks, regime=None):
     folders = {}
     for name in [regime] if regime else REGIMES:  # later ones replace earlier ones
         for path in sorted((run / "trial-1" / name).glob("**/scores.json")):
-            folders |= dict.fromkeys(read_json(path), path.parent)
+            folders |= dict.fromkeys(glue_data.read_json(path), path.parent)
     if not folders:
         raise UsageError(f"{run}: no finished model there; expected the run directory of an earlier command")
     for task in tasks:
@@ -37,7 +37,7 @@ def finished_models(run, tasks, regime=None):
 
 def load_model(folder, task):
     """(model, the task with the label words it was trained with, its tokenizer) of a finished model's folder."""
-    heads = read_json(folder / "config.json").get("heads", {})
+    heads = glue_data.read_json(folder / "config.json").get("heads", {})
     return load_pretrained(folder), replace(task, labels=tuple(heads.get(task.name, task.labels))), Tokenizer(folder)
 
 
@@ -49,10 +49,10 @@ def utf8(text):
 def own_text(args, task):
     """The sentences that the command gives: (first, second or None)."""
     if args.file:
-        try:
-            data = sys.stdin.buffer.read() if args.file == "-" and sys.stdin else Path(args.file).read_bytes()
-        except OSError as error:
-            raise UsageError(f"{args.file}: cannot be read ({error.strerror})") from error
+        if args.file == "-" and sys.stdin:
+            data = sys.stdin.buffer.read()
+        else:
+            data = glue_data.read_file(Path(args.file), "one example a line")
         return glue_data.read_sentences(task, data, args.file)
     texts = [text for text in (args.text, args.text2) if text is not None]
     if len(texts) != len(task.text):
@@ -64,7 +64,7 @@ def label(args, task, folder):
     """Print label and probability, or score, for each line of somebody's own text."""
     first, second = own_text(args, task)
     model, task, tokenizer = load_model(folder, task)
-    max_length = read_json(Path(args.run) / "config.json")["single"]["max_length"]
+    max_length = glue_data.read_json(Path(args.run) / "config.json")["single"]["max_length"]
     run = Run(None, args.device, args.precision)
     dataset = glue_data.text_dataset(task, first, second, tokenizer, max_length)
     logits = predict(model.to(run.device), dataset, task, run)  # (N, outputs)
@@ -107,7 +107,7 @@ def write_public(model, folder, task=None):
 
 def export(args, folders):
     """Write each task's model, and the encoder that several tasks share, as folders that Hugging Face loads."""
-    max_length = read_json(Path(args.run) / "config.json")["single"]["max_length"]
+    max_length = glue_data.read_json(Path(args.run) / "config.json")["single"]["max_length"]
     encoders = {}  # {folder of a model of several tasks: the first of them}
     for name, source in folders.items():
         model, task, tokenizer = load_model(source, glue_data.find_task(name))

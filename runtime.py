@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from glue_data import DataError, describe_examples
+from glue_data import DataError, describe_examples, read_json
 from model import CheckpointError, read_safetensors, whole, write_safetensors
 from ops import compiled
 
@@ -52,14 +52,6 @@ def to_json(value, indent=2):
     """JSON text. NaN, which JSON lacks and a correlation with a constant is, becomes null."""
     plain = json.loads(json.dumps(value), parse_constant=lambda name: None if name == "NaN" else float(name))
     return json.dumps(plain, indent=indent) + "\n"
-
-
-def read_json(path):
-    """The object in a JSON file that an earlier command has written. Raises UsageError."""
-    try:
-        return dict(json.loads(Path(path).read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"{path}: cannot be read ({error}); expected what an earlier command wrote") from error
 
 
 def write_whole(path, content):

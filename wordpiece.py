@@ -8,7 +8,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
-from glue_data import DataError, brief, parse_tsv, read_file
+from glue_data import DataError, brief, parse_tsv, read_file, read_json
 
 SETTINGS = {  # in tokenizer_config.json: in the BertNormalizer of tokenizer.json
     "do_lower_case": "lowercase",
@@ -107,14 +107,14 @@ def read_settings(folder, vocab):
     """(BertNormalizer's arguments, where `lowercase` comes from). tokenizer_config.json overrides tokenizer.json."""
     settings = {"lowercase": None, "strip_accents": None, "handle_chinese_chars": True}
     source = path = folder / "tokenizer.json"
-    normalizer = read_json(path).get("normalizer") or {}
+    normalizer = path.exists() and read_json(path).get("normalizer") or {}
     for step in normalizer.get("normalizers", [normalizer]):
         if step.get("type") == "BertNormalizer":
             settings |= {name: step[name] for name in settings if name in step}
         elif step and step.get("content") != "ς":  # FINAL_SIGMA, where `save` has written the file
             raise DataError(f"{path}: normalizer {step.get('type')}; expected BertNormalizer alone")
     path = folder / "tokenizer_config.json"
-    config = read_json(path)
+    config = read_json(path) if path.exists() else {}
     kind = str(config.get("tokenizer_class") or "BertTokenizer")
     if kind.removesuffix("Fast").removesuffix("Tokenizer") not in WORDPIECE_CLASSES.split():
         raise DataError(f"{path}: tokenizer_class {kind}; expected a WordPiece tokenizer such as BertTokenizer")
@@ -141,14 +141,3 @@ def guess_lowercase(settings, vocab):
     share = sum(uncased.normalize_str(word) != word for word in words) / max(1, len(words))
     reason = f"because lowercasing would change {share:.1%} of the vocabulary"
     return settings | {"lowercase": share < CASED_SHARE}, reason
-
-
-def read_json(path):
-    """The object in a JSON file; {} if there is no file."""
-    try:
-        values = json.loads(path.read_bytes()) if path.exists() else {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); expected JSON") from error
-    if not isinstance(values, dict):
-        raise DataError(f"{path}: expected a JSON object")
-    return values
