@@ -182,14 +182,15 @@ class Adam:
         self.mean = torch.zeros_like(self.values)
         self.square = torch.zeros_like(self.values)
         self.count = torch.tensor(1e6, device=self.values.device)  # of steps: so many that AdamW's 1 − β^count is 1
-        self.groups = []  # of parameters that share a rate and a decay: (part of the vectors, decay, distance to head)
+        self.groups = []  # of parameters that share a rate and a decay: (their parts of the vectors, decay, distance)
         end = 0
         for (depth, is_exempt), members in itertools.groupby(parameters, group_of):
             start = end
             for _, parameter in members:
                 end = self.move_into_vector(parameter, end)
+            parts = [[vector[start:end]] for vector in (self.values, self.gradients, self.mean, self.square)]
             decay = 0.0 if is_exempt else recipe.weight_decay
-            self.groups.append((slice(start, end), decay, model.depth("head") - depth))
+            self.groups.append((parts, decay, model.depth("head") - depth))
 
     def move_into_vector(self, parameter, start):
         """Make the parameter and its gradient views of the flat vectors; return where they end."""
@@ -203,11 +204,10 @@ class Adam:
         """Update the parameters, zero the gradients, and return their norm before clipping (a tensor)."""
         norm = self.gradients.norm()
         self.gradients.mul_((self.recipe.clip_norm / norm).clamp(max=1))
-        for part, decay, distance_to_head in self.groups:
+        for parts, decay, distance_to_head in self.groups:
             rate = learning_rate(step, num_steps, self.recipe, distance_to_head)
-            vectors = [[vector[part]] for vector in (self.values, self.gradients, self.mean, self.square)]
             adamw(
-                *vectors, [], [self.count], lr=rate, beta1=0.9, beta2=0.999, eps=1e-6, weight_decay=decay,
+                *parts, [], [self.count], lr=rate, beta1=0.9, beta2=0.999, eps=1e-6, weight_decay=decay,
                 amsgrad=False, maximize=False, fused=True,
             )  # fmt: skip
         self.gradients.zero_()
