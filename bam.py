@@ -284,7 +284,8 @@ def train(model, dataset, teacher_logits, recipe, seed, run, folder=None, evalua
     Progress goes to metrics.jsonl in the folder (by default the run's own), and every few minutes all that a repeated
     command needs to resume goes to training.safetensors. evaluate_now(): the dev scores that --evaluate-every logs.
     """
-    folder = folder or run.folder
+    folder = Path(folder or run.folder)
+    run.on_rank_0(folder.mkdir, parents=True, exist_ok=True)
     num_steps = max(1, int(recipe.epochs * len(dataset) / recipe.batch_size))
     sizes = np.bincount(dataset.task_ids)  # examples of each task
     schedule = sample_schedule(sizes, num_steps, recipe.batch_size, recipe.exponent, seed)  # (num_steps, batch_size)
@@ -393,7 +394,6 @@ def models_of(regime, tasks, top):
 
 def train_model(experiment, run, regime, tasks, teachers, folder):
     """Train one model and leave its folder: weights, tokenizer, metrics, dev predictions, and, last, scores.json."""
-    run.on_rank_0(folder.mkdir, parents=True, exist_ok=True)
     seed = model_seed(experiment.seed, folder.relative_to(run.folder))
     if run.exists(folder / WEIGHTS[0]):  # trained, but not evaluated to the end
         model = load_pretrained(folder).to(run.device)

@@ -2014,12 +2014,14 @@ def test_a_disk_that_fails_costs_no_checkpoint(tmp_path, monkeypatch):
 
 
 def test_a_training_leaves_nothing_behind(tmp_path):
-    """Model and optimizer go when nobody names them any more, not when the garbage collector comes by."""
+    """Model and optimizer go when nobody names them any more, not when the garbage collector comes by. Its log is in the
+    folder that a notebook names."""
     model = tiny_model(rte=2)
     known = weakref.ref(model)
     gc.disable()
     with Run(tmp_path, "cpu") as run:
-        bam.train(model, dataset([3, 9, 12]), None, Recipe(epochs=1.0), 0, run)
+        bam.train(model, dataset([3, 9, 12]), None, Recipe(epochs=1.0), 0, run, folder=f"{tmp_path}/one/two")
+    assert (tmp_path / "one" / "two" / "metrics.jsonl").exists()
     del model
     gc.enable()
     assert known() is None
