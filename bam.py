@@ -33,8 +33,8 @@ from inputs import checkpoint_folder, data_folder, identity, load_data, parse_ar
 from model import WEIGHTS, load_pretrained, save_pretrained
 from ops import upload
 from runtime import (
-    CHECKPOINT, Progress, Run, UsageError, command, differences, previous, release_freed_memory, resume,
-    save_checkpoint, show, to_json, within_memory, write_whole,
+    CHECKPOINT, Progress, Run, UsageError, command, differences, previous, resume, save_checkpoint, show, to_json,
+    within_memory, write_whole,
 )  # fmt: skip
 from wordpiece import Tokenizer
 
@@ -413,7 +413,6 @@ def train_model(experiment, run, regime, tasks, teachers, folder):
         tokenizer = Tokenizer(experiment.checkpoint)
         run.on_rank_0(tokenizer.save, folder, recipe.max_length)
         run.on_rank_0(save_pretrained, model, folder, heads={task.name: task.labels for task in tasks})
-    release_freed_memory()
     scores = evaluate(model, tasks, experiment.data, run, folder)
     for path in (folder / CHECKPOINT, previous(folder / CHECKPOINT)):  # the weights have been written
         run.on_rank_0(path.unlink, missing_ok=True)

@@ -325,7 +325,7 @@ def within_memory(function):
 
 
 def release_freed_memory():
-    """Give freed memory back to the system. glibc keeps it, and from model to model more of it would be kept."""
+    """Give freed memory back to the system. glibc keeps it in pieces that do not always fit the next batch."""
     with contextlib.suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -415,6 +415,8 @@ class Progress:
             self.check()
         if not log:
             return
+        if norm.device.type == "cpu":
+            release_freed_memory()
         self.run.all_reduce(loss)
         values = {"step": step, "loss": loss.item() / self.batch_size, "gradient_norm": norm.item()}
         values |= {"learning_rate": rate, "gold_weight": gold_weight}
