@@ -511,17 +511,20 @@ def submit(experiment, run, folders, path):
     if run.exists(path):
         return
     predictions = {}
+    loaded = None
     for task in experiment.tasks:
-        model = load_pretrained(folders[task.name]).to(run.device)
-        for name, _ in task.test:
-            if name in experiment.data[task.name]:
-                dataset = experiment.data[task.name][name]
-                words = glue_data.answers(task, predict(model, dataset, task, run))
-                predictions[name] = (words, dataset.index)
+        for name, dataset in experiment.data[task.name].items():
+            if name not in dict(task.test):
+                continue
+            if folders[task.name] != loaded:  # a model of several tasks is loaded once
+                loaded = folders[task.name]
+                model = load_pretrained(loaded).to(run.device)
+            words = glue_data.answers(task, predict(model, dataset, task, run))
+            predictions[name] = (words, dataset.index)
     if not predictions:
         run.say(f"{path}: not written, since the data has no test files")
         return
-    wnli = experiment.data["wnli"].get("WNLI")
+    wnli = experiment.data.get("wnli", {}).get("WNLI")
     if wnli:  # it gets its majority class, as in the paper, if it is no task of the experiment
         predictions.setdefault("WNLI", (["0"] * len(wnli), wnli.index))
     run.on_rank_0(write_whole, path, glue_data.submission_zip(predictions))

@@ -133,9 +133,10 @@ def read_file(path, expected):
 
 def read_json(path):
     """The object in a JSON file."""
+    data = read_file(path, "a JSON object")
     try:
-        return dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        return {**json.loads(data)}
+    except (ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read ({error}); expected a JSON object") from error
 
 

@@ -185,7 +185,7 @@ class CheckpointError(ValueError):
 
 # The files that hold weights, the first that a folder has; an index lists the files over which they are spread.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-NO_POINTER = "not a Git LFS pointer, in whose place `git lfs pull` would put the weights"
+NO_POINTER = "tensors, and no Git LFS pointer, which `git lfs pull` would replace by them"
 # What config.json may say; the first is meant where it says nothing.
 SUPPORTED = {
     "model_type": ("bert", "electra"),
@@ -343,7 +343,7 @@ def read_pickle(path):
         return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
     except Exception as error:  # a damaged pickle can raise anything
         reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{path}: cannot be read ({reason}); expected names and tensors, {NO_POINTER}") from error
+        raise CheckpointError(f"{path}: cannot be read ({reason}); expected {NO_POINTER}") from error
 
 
 def save_pretrained(model, folder, **more):
@@ -379,16 +379,18 @@ def read_safetensors(path):
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, os.path.getsize(path))))
+            size = os.path.getsize(path)
+            header = json.loads(file.read(min(length, size)))
+            data = np.empty(size - 8 - length, np.uint8)
+            file.readinto(data)  # np.fromfile would hide a disk's error
         digest = header.pop("__metadata__", {}).get("sha256")
         entries = {name: (DTYPES[e["dtype"]], e["shape"], *e["data_offsets"]) for name, e in header.items()}
-        data = np.fromfile(path, np.uint8, offset=8 + length)
         for name, (dtype, shape, start, end) in entries.items():
             tensors[name] = torch.from_numpy(data[start:end]).view(dtype).view(shape)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is cut off or not safetensors ({error}); {NO_POINTER}") from error
+        raise CheckpointError(f"{path}: is cut off or not safetensors ({error}); expected {NO_POINTER}") from error
     if digest and digest != sha256(entries, [data]):
         raise CheckpointError(f"{path}: is damaged: its content does not have the sha256 that its header states")
     return tensors

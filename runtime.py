@@ -9,7 +9,6 @@ Nothing here knows the paper: bam.py decides what is trained, and asks a Run to 
 """
 
 import contextlib
-import ctypes
 import datetime
 import fcntl
 import functools
@@ -324,12 +323,6 @@ def within_memory(function):
     return call
 
 
-def release_freed_memory():
-    """Give freed memory back to the system. glibc keeps it in pieces that do not always fit the next batch."""
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 CHECKPOINT = "training.safetensors"
@@ -399,7 +392,7 @@ class Progress:
         self.num_steps, self.batch_size = schedule.shape
         self.num_tokens = np.diff(dataset.offsets)[schedule].sum(1)  # (num_steps,)
         self.unchecked = []  # (step, gradient norm, learning rate)
-        self.name = folder.name if folder == run.folder else folder.relative_to(run.folder)
+        self.name = folder.name if folder == run.folder else os.path.relpath(folder, run.folder)
         self.began = time.monotonic()
         self.shown = self.began
         self.metrics = open(folder / "metrics.jsonl" if run.rank == 0 else os.devnull, "ab")
@@ -415,8 +408,6 @@ class Progress:
             self.check()
         if not log:
             return
-        if norm.device.type == "cpu":
-            release_freed_memory()
         self.run.all_reduce(loss)
         values = {"step": step, "loss": loss.item() / self.batch_size, "gradient_norm": norm.item()}
         values |= {"learning_rate": rate, "gold_weight": gold_weight}
