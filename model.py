@@ -87,6 +87,14 @@ class BertLayer(nn.Module):
         return linear_dropout_add_norm(inner, out.weight, out.bias, x, self.ffn_norm, p_hidden)  # (T or B, H)
 
 
+class Embedding(nn.Embedding):
+    """nn.Embedding, without first values on the meta device: PyTorch would load its compiler for them, which takes 2 s."""
+
+    def reset_parameters(self):
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class MultiTaskBert(nn.Module):
     """The encoder, its pooler, and the heads of all tasks as the rows of one matrix: one product serves a batch of
     mixed tasks, and the head of an absent task gets the zero gradient that it gets in the original.
@@ -107,9 +115,9 @@ class MultiTaskBert(nn.Module):
         for task, count in num_outputs.items():
             self.columns[task] = slice(total, total + count)
             total += count
-        self.word_embeddings = nn.Embedding(config.vocab_size, width)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
-        self.segment_embeddings = nn.Embedding(config.type_vocab_size, width)
+        self.word_embeddings = Embedding(config.vocab_size, width)
+        self.position_embeddings = Embedding(config.max_position_embeddings, width)
+        self.segment_embeddings = Embedding(config.type_vocab_size, width)
         self.embeddings_norm = nn.LayerNorm(width, config.layer_norm_eps)
         self.embeddings_project = nn.Linear(width, hidden) if width != hidden else nn.Identity()
         self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
