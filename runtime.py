@@ -325,8 +325,8 @@ def within_memory(function):
 
 
 def return_freed_memory():
-    """Let the C library (glibc) return the memory of each large tensor to the system when it is freed. By default it keeps
-    the pieces, and since no two batches have the same sizes, pieces that fit nothing add up."""
+    """Let the C library (glibc) return the memory of a large tensor to the system when the tensor is freed. By default
+    it keeps the pieces, and since no two batches have the same sizes, pieces that fit nothing add up."""
     mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
     with contextlib.suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL(None).mallopt(mmap_threshold, 2**18)

@@ -107,7 +107,7 @@ def read_settings(folder, vocab):
     """(BertNormalizer's arguments, where `lowercase` comes from). tokenizer_config.json overrides tokenizer.json."""
     settings = {"lowercase": None, "strip_accents": None, "handle_chinese_chars": True}
     source = path = folder / "tokenizer.json"
-    normalizer = path.exists() and read_json(path).get("normalizer") or {}
+    normalizer = (read_json(path) if path.exists() else {}).get("normalizer") or {}
     for step in normalizer.get("normalizers", [normalizer]):
         if step.get("type") == "BertNormalizer":
             settings |= {name: step[name] for name in settings if name in step}
