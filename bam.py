@@ -33,8 +33,8 @@ from inputs import checkpoint_folder, data_folder, identity, load_data, parse_ar
 from model import WEIGHTS, load_pretrained, save_pretrained
 from ops import upload
 from runtime import (
-    CHECKPOINT, Progress, Run, UsageError, command, differences, previous, resume, return_freed_memory,
-    save_checkpoint, show, to_json, within_memory, write_whole,
+    CHECKPOINT, Progress, Run, UsageError, command, differences, previous, resume, save_checkpoint, show, to_json,
+    within_memory, write_whole,
 )  # fmt: skip
 from wordpiece import Tokenizer
 
@@ -599,7 +599,6 @@ def main(argv=None):
     args = parse_args(argv, __doc__, (SINGLE, MULTI), REGIMES)
     if args.table:
         return compare(args.table)
-    return_freed_memory()
     with Run(
         args.out, args.device, args.precision, save_minutes=args.save_minutes, save_steps=args.save_steps,
         compile=args.compile, wait_minutes=args.wait_minutes, evaluate_every=args.evaluate_every,

@@ -9,7 +9,6 @@ Nothing here knows the paper: bam.py decides what is trained, and asks a Run to 
 """
 
 import contextlib
-import ctypes
 import datetime
 import fcntl
 import functools
@@ -322,14 +321,6 @@ def within_memory(function):
             model.zero_grad(set_to_none=False)
 
     return call
-
-
-def return_freed_memory():
-    """Let the C library (glibc) return the memory of a large tensor to the system when the tensor is freed. By default
-    it keeps the pieces, and since no two batches have the same sizes, pieces that fit nothing add up."""
-    mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        ctypes.CDLL(None).mallopt(mmap_threshold, 2**18)
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
