@@ -53,7 +53,7 @@ class Recipe:
 
     learning_rate: float = setting(5e-5, "peak rate; higher for the larger batches of several tasks")
     batch_size: int = setting(32, "examples a step; larger where tasks mix", low=1)
-    epochs: float = setting(3.0, "epochs · N / batch_size steps, at least one, however tasks are sampled", 1e-3, 1e6)
+    epochs: float = setting(3.0, "epochs · examples / batch_size steps, and at least one, for any sampling", 1e-3, 1e6)
     warmup: float = setting(0.1, "part of the steps over which the rate rises from 0; Adam needs it here", high=1)
     layer_decay: float = setting(0.9, "α: a layer's rate is α times that of the layer above; low layers are general")
     weight_decay: float = setting(0.01, "decoupled; not on biases and LayerNorm")
@@ -89,10 +89,12 @@ REGIMES = {
     "single-multi-single-multi": Regime("Single→Multi→Single→Multi", multi=True, teacher="single-multi-single"),
 }
 
+TEACHER = "-teacher"  # as in single-teacher/rte
+
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is trained on what: all settings of an experiment but REGIMES. `load_experiment` makes one from files."""
+    """What is trained on what, in whichever regime. `load_experiment` makes one from files."""
 
     tasks: list[glue_data.Task]
     data: dict[str, dict[str, glue_data.Dataset]]  # {task: {split: examples}}, tokenized for the checkpoint
@@ -101,8 +103,8 @@ class Experiment:
     multi: Recipe = MULTI
     seed: int = 0
     copies: int = 1  # --teachers: seeds of each teacher; their outputs are averaged
-    teacher_experiment: "Experiment | None" = None  # trains the teachers, where --teacher-checkpoint gives them another
-    suffix: str = ""  # ends the folders' names of its regimes: TEACHER in a teacher_experiment
+    teacher_experiment: "Experiment | None" = None  # trains the teachers, with --teacher-checkpoint
+    suffix: str = ""  # ends the names of its regimes' folders: TEACHER in a teacher_experiment
 
     @property
     def of_teachers(self):
@@ -110,15 +112,12 @@ class Experiment:
         return self.teacher_experiment or self
 
 
-TEACHER = "-teacher"  # as in single-teacher/rte
-
-
 # ------------------------------------------------------------------------------------- the idea (the paper, section 3)
 
-# N examples of a dataset, B of a batch. K is the number of outputs of a model's tasks together: 2 for RTE's teacher, 16
-# for all eight. Each task owns some of them. A model gives all K for every example. Labels (N, K) are one-hot, or the
-# score as a fraction of its range, in the columns that the example's task owns, and 0 in the others; teachers' logits
-# (N, K) likewise.
+# N examples of a dataset, B of a batch or a part of it. K is the number of outputs of a model's tasks together: 2 for
+# RTE's teacher, 16 for all eight. Each task owns some of them. A model gives all K for every example. Labels (N, K) are
+# one-hot, or the score as a fraction of its range, in the columns that the example's task owns, and 0 in the others;
+# teachers' logits (N, K) likewise.
 
 
 def annealing_weight(step, num_steps, gold_weight=None, has_teacher=True):
@@ -301,7 +300,7 @@ def train(model, dataset, teacher_logits, recipe, seed, run, folder=None, evalua
     for step in range(start, num_steps):
         gold_weight = annealing_weight(step, num_steps, recipe.gold_weight, has_teacher)
         examples = schedule[step, run.rank :: run.world]  # this process's share of the batch
-        dropout_seed = (seed + step + run.rank * 1_000_003) % 2**32  # so that resuming needs no generator's state
+        dropout_seed = seed + step + run.rank * 1_000_003  # so that resuming needs no generator's state
         loss = add_gradients(model, dataset, targets, examples, gold_weight, dropout_seed, run=run)
         run.all_reduce(optimizer.gradients)
         norm = optimizer.step(step, num_steps)
@@ -420,7 +419,7 @@ def train_model(experiment, run, regime, tasks, teachers, folder):
 
 
 def teacher_outputs(data, run, task, folder):
-    """A teacher's logits (N, outputs) on its own training set, in its order, swapped pairs of symmetric tasks too."""
+    """A teacher's logits (N, outputs) on the task's training set, in its order, symmetric tasks' swapped pairs too."""
     path = folder / f"{task.name}.train-logits.npy"
     if not run.exists(path):
         logits = predict(load_pretrained(folder).to(run.device), data[task.name]["train"], task, run)
@@ -467,12 +466,11 @@ def collect(folders, tasks):
 
 
 def summarize(results, tasks):
-    """{regime: {column: {median, least, greatest, p against Single, p against Multi}}}; the columns are the average of
-    the tasks, taken within each trial, and each task's own metric of the paper."""
+    """{regime: {"trials": their number, column: {median, least, greatest, p against Single, p against Multi}}}; the
+    columns are the average of the tasks, taken within each trial, and each task's own metric of the paper."""
     columns = {}  # {regime: {column: one value a trial}}
     for name, trials in results.items():
-        of_task = {t.folder: [scores[t.name][t.dev[0][0]][t.metrics[0]] for scores in trials] for t in tasks}
-        of_task = {folder: np.array(values, float) for folder, values in of_task.items()}
+        of_task = {t.folder: np.array([s[t.name][t.dev[0][0]][t.metrics[0]] for s in trials], float) for t in tasks}
         columns[name] = {"Avg": np.mean(list(of_task.values()), axis=0), **of_task}
     summary = {}
     for name, row in columns.items():

@@ -1,7 +1,7 @@
 """A small GLUE of generated English and a tiny BERT, so that everything runs in minutes without a download.
 
-A sentence is a meaning, {slot: concept}, said in one of several ways. A concept is its synonyms, the second one rare.
-All eight tasks are drawn from the same meanings, so that what one teaches (that a cook is a chef) serves the others.
+A sentence says a clause, {slot: concept}, in one of several ways. A concept is its synonyms, the second one rare.
+All eight tasks are drawn from the same clauses, so that what one teaches (that a cook is a chef) serves the others.
 """
 
 import random
@@ -28,7 +28,7 @@ KNOWN_PLACES, OTHER_PLACES = range(12), range(12, 15)  # the others only occur i
 ASKED = {"who": "person", "what": "thing", "where": "place"}
 
 
-def meaning(rng, places, negated=0.0):
+def random_clause(rng, places, negated=0.0):
     """A random clause: who will do what to which thing, and perhaps where."""
     clause = {slot: rng.randrange(len(concepts)) for slot, concepts in CONCEPTS.items()}
     clause["place"] = rng.choice(places)
@@ -76,7 +76,7 @@ def change(clause, rng, places, among=tuple(CONCEPTS), count=None):
 
 def cola(rng, places):
     """A sentence, or one with two neighbouring words exchanged."""
-    words = say(meaning(rng, places), rng).split()
+    words = say(random_clause(rng, places), rng).split()
     good = rng.random() < 0.6
     i = rng.randrange(1, len(words) - 2)
     if not good:
@@ -88,7 +88,7 @@ def sst2(rng, places):
     """One or two judgements; the last one counts, and 'not' turns it round."""
     clauses = []
     for _ in range(rng.choice((1, 1, 2))):
-        clause = meaning(rng, places, negated=0.3) | {"taste": rng.randrange(4)}
+        clause = random_clause(rng, places, negated=0.3) | {"taste": rng.randrange(4)}
         verb = "is not" if clause["not"] else "is"
         clauses.append(f"the {word(clause, rng, 'thing')} {verb} {word(clause, rng, 'taste')}")
     good = (clause["taste"] % 2 == 0) != clause["not"]
@@ -96,8 +96,8 @@ def sst2(rng, places):
 
 
 def mrpc(rng, places):
-    """The same meaning in other words, or one with one to three slots changed."""
-    clause = meaning(rng, places)
+    """The same clause in other words, or one with one to three slots changed."""
+    clause = random_clause(rng, places)
     same = rng.random() < 0.6
     other = clause if same else change(clause, rng, places)
     return str(int(same)), say(clause, rng), say(other, rng)
@@ -105,7 +105,7 @@ def mrpc(rng, places):
 
 def qqp(rng, places):
     """The same for questions."""
-    clause = meaning(rng, places)
+    clause = random_clause(rng, places)
     same = rng.random() < 0.4
     asked = rng.choice(list(ASKED))
     slots = [slot for slot in CONCEPTS if slot != ASKED[asked]]
@@ -115,7 +115,7 @@ def qqp(rng, places):
 
 def stsb(rng, places):
     """Five points, less a share for each slot that differs, with the scatter of several people's judgements."""
-    clause = meaning(rng, places)
+    clause = random_clause(rng, places)
     changed = rng.randrange(4)
     filled = sum(clause[slot] is not None for slot in CONCEPTS)
     score = 5 * (1 - changed / filled) + rng.gauss(0, 0.3)
@@ -124,7 +124,7 @@ def stsb(rng, places):
 
 def mnli(rng, places):
     """Entailed: something left out or vaguer; contradicted: negated; neutral: something else."""
-    clause = meaning(rng, places, negated=0.1)
+    clause = random_clause(rng, places, negated=0.1)
     label = rng.choice(TASKS["mnli"].labels)
     other = dict(clause)
     if label == "entailment":
@@ -145,7 +145,7 @@ def rte(rng, places):
 
 def qnli(rng, places):
     """A question, and a sentence that answers it or speaks of something else."""
-    clause = meaning(rng, places)
+    clause = random_clause(rng, places)
     good = rng.random() < 0.5
     asked = rng.choice(list(ASKED))
     clause["place"] = rng.choice(places)

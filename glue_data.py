@@ -227,7 +227,7 @@ def read_index(word, lines, path, line):
 
 
 def read_label(task, word, path, line):
-    """The K targets of one example: one-hot, or the score as a fraction of its range."""
+    """The K labels of one example: one-hot, or the score as a fraction of its range."""
     if task.labels:
         if word not in task.labels:
             raise DataError(f"{path}, line {line}: unknown label {brief([word])}; expected {' or '.join(task.labels)}")
@@ -386,13 +386,13 @@ def describe_examples(dataset, examples):
 
 
 def concatenate(datasets):
-    """The examples of several Datasets, in this order, as one Dataset; each task's labels have columns of their own."""
+    """Datasets of one task each, in this order, as one Dataset; each task's labels have columns of their own."""
     if len(datasets) == 1:
         return datasets[0]
     joined = lambda name: np.concatenate([getattr(dataset, name) for dataset in datasets])
     lengths = np.concatenate([np.diff(dataset.offsets) for dataset in datasets])
     return Dataset(
-        tasks=tuple(task for dataset in datasets for task in dataset.tasks),
+        tasks=tuple(dataset.tasks[0] for dataset in datasets),
         input_ids=joined("input_ids"),
         offsets=np.concatenate(([0], np.cumsum(lengths))),
         segment_starts=joined("segment_starts"),
@@ -413,10 +413,10 @@ def block_diagonal(blocks):
 
 
 def sample_schedule(sizes, num_steps, batch_size, exponent, seed):
-    """The examples of a whole run, (num_steps, batch_size) indices into the mixed dataset, from one seed.
+    """The examples of a whole run, (num_steps, batch_size) indices into the concatenated dataset, from one seed.
 
     sizes: each task's training examples, doubled pairs counted twice. An example's task is drawn with p ∝
-    size^exponent; the paper's 0.75 keeps the large tasks from drowning the small. It is the next example of the task's
+    size^exponent; the paper's 0.75 keeps the large tasks from drowning the small. The example is the next of the task's
     current pass, and each pass is a fresh permutation.
     """
     rng = np.random.default_rng(seed)

@@ -176,7 +176,7 @@ class MultiTaskBert(nn.Module):
 
     def forward(self, batch, bfloat16=False):
         """An ops.Packed of B sequences to the logits (B, K) of every head. bfloat16: products in it, sums in float32.
-        The heads are float32's: in bfloat16 STS-B's scores would tie within 0.02 of 5."""
+        The heads are float32's: bfloat16 would round STS-B's scores, up to 5, to steps of 0.02."""
         pooled_output = self.compiled if self.compiled and self.training else MultiTaskBert.pooled_output
         tokens = batch.input_ids, batch.segment_ids, batch.position_ids
         pooled = pooled_output(self, *tokens, batch.layout, bfloat16)  # (B, H)
@@ -191,7 +191,7 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used. The message names the file, the tensor or key, and what was expected."""
 
 
-# The files that hold weights, the first that a folder has; an index lists the files over which they are spread.
+# A folder's weights are in the first of these that it has; an index lists the files over which they are spread.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 NO_POINTER = "tensors, and no Git LFS pointer, which `git lfs pull` would replace by them"
 # What config.json may say; the first is meant where it says nothing.
@@ -266,8 +266,8 @@ def public_tensors(model):
 
 
 def load_pretrained(folder, num_outputs=None, say=lambda line: None):
-    """The model of a checkpoint's folder. Its heads are new ones for num_outputs ({task: K}) or, without it, those of
-    the file, which save_pretrained wrote. Where the file has no pooler, `say` is told, and a new one is made.
+    """The model of a checkpoint's folder. Its heads are new ones for num_outputs ({task: count}) or, without it, those
+    of the file, which save_pretrained wrote. Where the file has no pooler, `say` is told, and a new one is made.
 
     Takes Hugging Face's files with or without the `bert.` or `electra.` prefix, with gamma and beta or weight and bias.
     A tensor that is missing, of another shape, or left over in the encoder raises CheckpointError and is named.
@@ -275,7 +275,7 @@ def load_pretrained(folder, num_outputs=None, say=lambda line: None):
     files = weight_files(Path(folder))
     config = read_config(Path(folder) / "config.json")
     found = read_weights(files, f"{config.model_type}.")
-    new = {}  # the parts that the file does not hold: {Hugging Face's prefix: our name}
+    new = {}  # the parts that get new values: {their prefix in the file: our name}
     if num_outputs is None:
         heads = filter(None, map(re.compile(r"heads\.(.*)\.bias").fullmatch, found))
         num_outputs = {head[1]: len(found[head[0]]) for head in heads}

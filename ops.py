@@ -121,7 +121,7 @@ def padded_indices(lengths):
 def attend(function, padded, mask, num_heads, p, cls_q=None):
     """Attention by function(q, k, v, attn_mask, dropout_p) inside each of n padded sequences: queries, keys and values
     (n · L, 3H) to (n · L, H). With cls_q (n, H), the queries of the [CLS] tokens alone, keys and values (n · L, 2H) to
-    (n, H). mask (n, 1, 1, L) is true where a padded position holds a token; p is dropped of the probabilities."""
+    (n, H). mask (n, 1, 1, L) is true where a padded position holds a token; p: dropout on the probabilities."""
     n, _, _, length = mask.shape
     parts = 3 if cls_q is None else 2
     heads = padded.view(n, length, parts, num_heads, -1).permute(2, 0, 3, 1, 4)  # (3 or 2, n, A, L, D)

@@ -21,8 +21,8 @@ from wordpiece import Tokenizer
 
 
 def finished_models(run, tasks, regime=None):
-    """{task name: folder of its model} in a run directory: trial 1 of a regime or, without one, of the last regime of
-    the table that is there."""
+    """{task name: folder of its model} in a run directory: trial 1 of a regime or, without one, for each task of
+    the last regime of the table that has finished it."""
     folders = {}
     for name in [regime] if regime else REGIMES:  # later ones replace earlier ones
         for path in sorted((run / "trial-1" / name).glob("**/scores.json")):
@@ -131,7 +131,7 @@ def main(argv=None):
     add("--text", type=utf8, help="label one text, or with --text2 one pair")
     add("--text2", type=utf8)
     add("--export", metavar="FOLDER", help="write the encoder and each task's model for Hugging Face")
-    add("--regime", choices=REGIMES, metavar="NAME", help="whose models (default: the table's last that is finished)")
+    add("--regime", choices=REGIMES, metavar="NAME", help="whose models (default: the task's last in the table)")
     add("--device", default="auto", help="cuda, cpu, mps (default: cuda where there is one)")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
     args = parser.parse_intermixed_args(argv)  # FILE may come after --task

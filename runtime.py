@@ -5,7 +5,8 @@
     Progress      metrics.jsonl, speed, gradients that are not finite
     command       errors as one line, and the exit status
 
-Nothing here knows the paper: bam.py decides what is trained, and asks a Run to write, to wait, and to stop.
+Nothing here knows the paper, but for the λ that is logged: bam.py decides what is trained, and asks a Run to write, to
+wait, and to stop.
 """
 
 import contextlib
@@ -272,9 +273,8 @@ class Run:
         on_step = self.save_steps and (step + 1) % self.save_steps == 0
         code = 2 if self.signals else int(bool(on_time or on_step))
         if self.world > 1:
-            seldom = self.device.type == "cuda" and step % Progress.EVERY  # agreeing makes the host wait for the device
-            if seldom and not on_step:
-                return False
+            if self.device.type == "cuda" and step % Progress.EVERY and not on_step:
+                return False  # agreeing makes the host wait for the device
             agreed = torch.tensor(code, device=self.device)
             dist.all_reduce(agreed, dist.ReduceOp.MAX)
             code = int(agreed)
@@ -362,7 +362,7 @@ def restore(run, path, state):
             if isinstance(error.__cause__, OSError):  # the disk's fault: the checkpoint may be good
                 raise
             run.say(f"{error}; going back to the one before it, or to the start")
-            candidate.unlink()  # or the next one would move it over the one before it
+            candidate.unlink()  # else the next save would move it over the one before it, which is whole
             continue
         if saved.keys() == state.keys() and torch.equal(saved["training"], state["training"].cpu()):
             for name, tensor in state.items():

@@ -132,9 +132,10 @@ def read_settings(folder, vocab):
 def guess_lowercase(settings, vocab):
     """(the settings with a guess of `lowercase`, the reason), for where no file says it.
 
-    No text reaches a token that lowercasing and stripping accents would change. These are 35 % of BERT's cased
-    vocabulary, and most of a Korean one, whose syllables would fall apart; but 0.00 % of the uncased and 0.01 % of the
-    Chinese one, and 3 % if all of [unused0] ... [unused993] were renamed. Markers like [CLS] and <S> do not count.
+    In an uncased tokenizer no text reaches a token that lowercasing and stripping accents would change. These are 35 %
+    of BERT's cased vocabulary, and most of a Korean one, whose syllables would fall apart; but 0.00 % of the uncased
+    and 0.01 % of the Chinese one, and 3 % if all of [unused0] ... [unused993] were renamed. Markers like [CLS] and <S>
+    do not count.
     """
     uncased = normalizers.BertNormalizer(clean_text=False, handle_chinese_chars=False, lowercase=True)
     words = [token for token in vocab if not re.fullmatch(r"\[.*\]|<.*>", token)]
