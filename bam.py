@@ -295,6 +295,8 @@ def train(model, dataset, teacher_logits, recipe, seed, run, folder=None, evalua
     # A checkpoint of this training overwrites the optimizer's vectors, and with them the model's parameters.
     start, num_bytes = resume(run, folder / CHECKPOINT, optimizer.state(training, 0, 0))
     progress = Progress(run, folder, start, num_bytes, dataset, schedule)
+    if start:
+        run.say(f"{progress.name}  resumes after step {start}/{num_steps}")
     model.train()
     rehearse(model, dataset, targets, run)
     for step in range(start, num_steps):
@@ -507,7 +509,7 @@ def table(summary, tasks):
 def submit(experiment, run, folders, path):
     """Predict every test split that is there and write the leaderboard's zip; say which of its files are missing."""
     if run.exists(path):
-        return
+        return run.say(f"{path}: kept; delete it to have it written again")
     predictions = {}
     loaded = None
     for task in experiment.tasks:
@@ -575,6 +577,9 @@ def report(run, tasks):
 
 def compare(folders):
     """Print one table over run directories, and in what else than the seed their configurations differ."""
+    for folder in folders:
+        if not (folder / "config.json").exists():
+            raise UsageError(f"--table: {folder} is no run directory of bam.py")
     configs = [read_json(folder / "config.json") for folder in folders]
     for folder, config in zip(folders, configs, strict=True):
         if not config.get("tasks") or config["tasks"] != configs[0]["tasks"]:
@@ -582,13 +587,16 @@ def compare(folders):
             raise UsageError(f"--table: {folder} {problem}; expected runs of bam.py with the same tasks")
         for name, value, first in differences(config, configs[0]):
             if name != "seed":
-                show(f"{folder}: {name} is {value!r}, and {first!r} in {folders[0]}")
+                show(f"warning: {folder} is pooled, but its {name} is {value!r}, and {first!r} in {folders[0]}")
     if len({to_json(config) for config in configs}) < len(configs):
         raise UsageError("--table: two of the runs are the same, and their seed too; expected another seed")
     tasks = [glue_data.find_task(name) for name in configs[0]["tasks"]]
     results = collect(folders, tasks)
     if not results:
         raise UsageError("--table: no regime is finished in these folders")
+    for folder in folders:
+        if unfinished := results.keys() - collect([folder], tasks).keys():
+            show(f"warning: {folder} has not finished {', '.join(sorted(unfinished))}")
     show(table(summarize(results, tasks), tasks), end="")
 
 

@@ -55,6 +55,9 @@ class Task:
     test: tuple[tuple[str, str], ...] = ()  # (name in the submission, file)
 
     def __post_init__(self):
+        suitable = ("pearson", "spearman") if self.is_regression else ("accuracy", "f1", "matthews")
+        if not set(self.metrics) <= set(suitable):
+            raise DataError(f"task {self.name}: metrics are {self.metrics}; expected some of {suitable}")
         if "f1" in self.metrics and len(self.labels) != 2:
             raise DataError(f"task {self.name}: f1 needs two labels; there are {len(self.labels)}")
 
@@ -158,7 +161,8 @@ def parse_tsv(data, path, wanted, header=()):
             columns = fields
             for name in wanted:
                 if columns.count(name) != 1:
-                    raise DataError(f"{place}: expected one column {name!r}; found {brief(columns)}")
+                    found = f"found {len(columns)} by tabs: {brief(columns)}"
+                    raise DataError(f"{place}: expected one column {name!r}; {found}")
         elif len(fields) != len(columns):
             expected = f"expected {len(columns)}: {brief(columns)}"
             raise DataError(f"{place}: {len(fields)} tab-separated fields; {expected}")

@@ -84,6 +84,8 @@ def parse_args(argv, description, defaults, regimes):
         parser.error("--demo makes its own data and checkpoint; --data and --checkpoint are for real ones")
     args.out = args.out or f"runs/{'demo' if args.demo else args.task.replace(',', '-')}"
     args.regime = args.regime or (["single-multi"] if len(glue_data.resolve(args.task)) > 1 else ["single"])
+    if (args.teacher_checkpoint or args.teachers > 1) and not any(regimes[name].teacher for name in args.regime):
+        parser.error(f"--regime: {','.join(args.regime)} has no teacher; --teachers and --teacher-checkpoint need one")
     return args
 
 
@@ -194,7 +196,8 @@ def load_data(checkpoint, run, tasks, folder, max_length, limit):
 def identity(experiment, run, folder, limit):
     """What decides the numbers (but for dropout's draws, which the number of processes decides too), so that models of
     different runs never mix. Files by what they are, wherever they lie."""
-    files = {f"{t.folder}/{file}": folder / t.folder / file for t in experiment.tasks for file in t.files.values()}
+    labelled = [Path(t.folder, file) for t in experiment.tasks for file in (t.train, *dict(t.dev).values())]
+    files = {str(path): folder / path for path in labelled}
     for prefix, source in (("", experiment), ("teacher/", experiment.teacher_experiment)):
         if source:
             names = ["config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json"]
@@ -202,7 +205,7 @@ def identity(experiment, run, folder, limit):
             files |= {prefix + path.name: path for path in paths}
     return {
         "tasks": [task.name for task in experiment.tasks],
-        "labels": {task.name: list(task.labels) for task in experiment.tasks},
+        "labels": {task.name: list(task.labels or task.scores) for task in experiment.tasks},
         "seed": experiment.seed,
         "teachers": experiment.copies,
         "limit": limit,

@@ -319,7 +319,8 @@ def weight_files(folder):
         problem = "holds no weights" if folder.is_dir() else "is no folder"
         if any(folder.glob("*.ckpt*")) or (folder / "tf_model.h5").exists():
             problem = "holds TensorFlow's weights alone"
-        raise CheckpointError(f"{folder}: {problem}; expected a checkpoint's folder, with {WEIGHTS[0]} or {WEIGHTS[2]}")
+        expected = f"a checkpoint's folder, with {WEIGHTS[0]} or {WEIGHTS[2]}, or a public name, ORG/NAME"
+        raise CheckpointError(f"{folder}: {problem}; expected {expected}")
     if path.suffix != ".json":
         return [path]
     try:

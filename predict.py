@@ -28,7 +28,8 @@ def finished_models(run, tasks, regime=None):
         for path in sorted((run / "trial-1" / name).glob("**/scores.json")):
             folders |= dict.fromkeys(glue_data.read_json(path), path.parent)
     if not folders:
-        raise UsageError(f"{run}: no finished model there; expected the run directory of an earlier command")
+        problem = f"no finished model{' of ' + regime if regime else ''} there"
+        raise UsageError(f"{run}: {problem}; expected the run directory of an earlier command")
     for task in tasks:
         if task.name not in folders:
             raise UsageError(f"--task: no model of {task.name} in {run}; there are {', '.join(folders)}")

@@ -244,7 +244,7 @@ class Run:
             self.on_rank_0(write_whole, path, to_json(identity))
         lines = [f"  {name}: {old!r} there, {new!r} here" for name, old, new in differences(read_json(path), identity)]
         if lines:
-            problem = f"{path}: this folder holds another run; name a new one with --out"
+            problem = f"{path}: this folder holds another run; repeat its settings, or name a new folder with --out"
             raise UsageError("\n".join([problem, *lines]))
 
     def catch_signals(self):

@@ -212,7 +212,7 @@ def test_scores_become_fractions_of_five(tmp_path):
         ("stsb", "{}\n0\tA\tB\t0_5\n", ["line 2", "'0_5'", "from 0 to 5"]),  # to Python it is 5
         ("rte", "index\tsentence1\tsentence1\tsentence2\tlabel\n", ["line 1", "one column 'sentence1'"]),
         ("rte", "{}\n0\tA\tB\t" + "x" * 10**5, ["line 2", "unknown label 'xxx"]),
-        ("rte", "a\r\x1b[2J\tb\n", ["line 1", r"found 'a\r\x1b[2J, b'"]),  # a terminal must not obey a file
+        ("rte", "a\r\x1b[2J\tb\n", ["line 1", r"found 2 by tabs: 'a\r\x1b[2J, b'"]),  # a terminal must not obey a file
     ],
 )
 def test_bad_lines_are_named_by_file_and_line(tmp_path, name, text, words):
@@ -283,10 +283,19 @@ def test_a_task_of_ones_own_over_a_folder_of_glue(monkeypatch):
             glue_data.resolve(name)
 
 
-def test_f1_is_refused_without_two_labels():
-    for labels in ((), ("a",), ("a", "b", "c")):
-        with pytest.raises(DataError, match="task own: f1 needs two labels"):
-            glue_data.Task("own", "Own", ("text",), labels=labels, metrics=("accuracy", "f1"))
+@pytest.mark.parametrize(
+    "labels, metrics, message",
+    [
+        (("a",), ("accuracy", "f1"), "f1 needs two labels; there are 1"),
+        (("a", "b", "c"), ("f1",), "f1 needs two labels; there are 3"),
+        ((), ("accuracy",), "expected some of ('pearson', 'spearman')"),
+        (("a", "b"), ("accuracy", "pearson"), "expected some of ('accuracy', 'f1', 'matthews')"),
+        (("a", "b"), "accuracy", "metrics are accuracy; expected some of"),
+    ],
+)
+def test_metrics_suit_their_task(labels, metrics, message):
+    with pytest.raises(DataError, match=re.escape(message)):
+        glue_data.Task("own", "Own", ("text",), labels=labels, metrics=metrics)
 
 
 def test_task_names():
@@ -1673,8 +1682,9 @@ def test_scores_can_be_recomputed_from_the_predictions(quick):
     assert score == pytest.approx(100 * np.mean([a == b for a, b in zip(words, gold, strict=True)]))
 
 
-def test_a_submission_has_its_files_and_names_those_it_lacks(quick, small):
-    """Without test files there is none, and the log says why. (A dev set of one example is no collapsed run.)"""
+def test_a_submission_has_its_files_and_names_those_it_lacks(quick, small, command, tmp_path):
+    """Without test files there is none, and the log says why; where they are added, the same command writes it. (A dev
+    set of one example is no collapsed run.)"""
     with zipfile.ZipFile(quick[0] / "trial-1" / "single-multi" / "submission.zip") as archive:
         assert sorted(archive.namelist()) == ["AX.tsv", "MNLI-m.tsv", "MNLI-mm.tsv", "RTE.tsv", "STS-B.tsv", "WNLI.tsv"]
         for name, words in (("AX", TASKS["mnli"].labels), ("RTE", TASKS["rte"].labels), ("WNLI", ("0",))):
@@ -1685,6 +1695,12 @@ def test_a_submission_has_its_files_and_names_those_it_lacks(quick, small):
     log = (small[1] / "log.txt").read_text()
     assert "submission.zip: not written, since the data has no test files\n" in log and "collapsed" not in log
     assert not list(small[1].glob("**/submission.zip")) and "collapsed run: every answer is " in quick[1]
+    for folder in ("glue", "run"):
+        shutil.copytree(small[1].parent / folder, tmp_path / folder)
+    write_split(tmp_path / "glue", "rte", "sentence1\tsentence2\nw1\tw2", "RTE")
+    for said in ("1 of 11 files; not in it", "kept; delete it to have it written again"):
+        status, stdout, _ = command(*small[0], "--data", tmp_path / "glue", "--out", tmp_path / "run")
+        assert status == 0 and said in stdout and " step " not in stdout
 
 
 def test_a_repeated_command_trains_nothing_and_another_one_is_refused(small, command):
@@ -1816,6 +1832,7 @@ def test_a_signal_saves_and_stops(small, command, tmp_path, monkeypatch, number)
     saved.write_bytes(saved.read_bytes()[: -1 if damaged else None])
     status, stdout, _ = command(*again)
     assert status == 0 and ("going back to the one before it" in stdout) == damaged
+    assert f"single-multi  resumes after step {4 if damaged else 5}/9\n" in stdout
     assert files_of(tmp_path / "run", RESULTS) == files_of(small[1], RESULTS)
 
 
@@ -2132,7 +2149,8 @@ def test_regimes_trials_and_constant_weights(small, quick, command, tmp_path):
     shown = [label for label in labels if label[0].isupper()]
     assert shown == ["Model", *(regime.label for regime in bam.REGIMES.values())]
     counts = {label: labels.count(label) for label in set(labels) - set(shown)}
-    assert counts == {"2 trials": 7, "p against Single": 6, "p against Multi": 6}
+    number = len(bam.REGIMES)
+    assert counts == {"2 trials": number, "p against Single": number - 1, "p against Multi": number - 1}
     results = json.loads((tmp_path / "results.json").read_text())
     values = [scores["rte"]["dev"]["accuracy"] for scores in results["multi-multi"]]
     cell = results["summary"]["multi-multi"]["RTE"]
@@ -2143,8 +2161,10 @@ def test_regimes_trials_and_constant_weights(small, quick, command, tmp_path):
     assert len(metrics) == 10, "of each trial two copies of Single and of S→M→S, and S→S: ten different seeds"
     shutil.copytree(tmp_path / "trial-1", tmp_path / "trial-1-backup")  # which is no trial
     status, stdout, _ = command("--table", tmp_path, small[1])
-    assert status == 0 and f"{small[1]}: single.gold_weight is None, and 0.5 in {tmp_path}\n" in stdout
-    assert stdout.count("  3 trials") == 2 and stdout.count("  2 trials") == 5
+    assert status == 0 and f"{small[1]} is pooled, but its single.gold_weight is None, and 0.5 in {tmp_path}\n" in stdout
+    assert f"warning: {small[1]} has not finished multi, multi-multi, single-multi-single, " in stdout
+    assert stdout.count("  3 trials") == 2 and stdout.count("  2 trials") == number - 2
+    assert f"{small[1].parent} is no run directory of bam.py" in command("--table", small[1].parent)[2]
     assert "expected runs of bam.py with the same tasks" in command("--table", small[1], quick[0])[2]
     assert "two of the runs are the same" in command("--table", small[1], small[1])[2]
     assert "expected runs of bam.py" in command("--table", small[1] / "trial-1" / "single" / "rte")[2]
@@ -2219,6 +2239,7 @@ def test_bad_flags_are_refused_before_any_training(refuses, tmp_path):
     refuses("unknown regime 'foo'; known: all, single, multi", regime="foo")
     refuses("--batch-size: invalid whole number value: 'x'", batch_size="x")
     refuses("--gold-weight: 2 is not from 0 to 1", gold_weight="2")
+    refuses("--regime: single has no teacher; --teachers and --teacher-checkpoint need one", teachers=2)
     refuses("--epochs: invalid number value: '1,2,3'", epochs="1,2,3")
     refuses("--epochs: invalid number value: '1,'", epochs="1,")
     refuses("--max-length: the checkpoint has 40 positions", max_length=41)
@@ -2281,7 +2302,7 @@ def readers_folder(quick, tmp_path, monkeypatch):
 
 def test_readme_commands_run(readers_folder, command):
     """Each `python bam.py`, `predict.py` and `figure.py` of the README, in its order, on few examples and the
-    CPU; the demo is what `quick` runs on fewer tasks; and its ten lines of Python, as they stand there."""
+    CPU; the demo is what `quick` runs on fewer tasks; and its lines of Python, as they stand there."""
     lines = readme_commands(r"python (bam|predict)\.py ")
     assert len(lines) >= 8 and readme_commands("python3 -m venv .*/bin/python bam.py --demo$") and QUICK[0] == "--demo"
     for line in lines:
@@ -2292,10 +2313,10 @@ def test_readme_commands_run(readers_folder, command):
         assert status == 0 and ("GLUE dev, percent" in stdout) == training, (line, stderr)
     assert (readers_folder / "hf" / "encoder" / "tokenizer.json").exists()
     figure.main(re.findall(r"`python figure.py (\S+)`", README))
-    (program,) = re.findall(r"```python\n(import bam\n.*?)```", README, re.S)
+    (program,) = re.findall(r"```python\n(import torch\n.*?)```", README, re.S)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(program, {})
-    assert re.search(r"^\{'accuracy': [\d.]+\}$", printed.getvalue(), re.M)
+    assert re.search(r"^student \{'accuracy': [\d.]+\}$", printed.getvalue(), re.M)
 
 
 def test_readme_torchrun_commands_run(readers_folder):
@@ -2500,7 +2521,8 @@ def lines_of(tree, style):
 
 def test_figure_names_are_those_of_the_table():
     """figure.py imports nothing of ours, so it repeats names: the same ones, in the same order."""
-    assert figure.TASKS == {task.name: task.folder for task in glue_data.TASKS.values()}
+    assert figure.TASKS.items() <= {task.name: task.folder for task in glue_data.TASKS.values()}.items()
+    assert set(glue_data.EIGHT) < set(figure.TASKS)
     assert list(figure.REGIMES.items()) == [(name, regime.label) for name, regime in bam.REGIMES.items()]
 
 
