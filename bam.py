@@ -596,7 +596,7 @@ def compare(folders):
         raise UsageError("--table: no regime is finished in these folders")
     for folder in folders:
         if unfinished := results.keys() - collect([folder], tasks).keys():
-            show(f"warning: {folder} has not finished {', '.join(sorted(unfinished))}")
+            show(f"warning: {folder} has no finished {', '.join(sorted(unfinished))}")
     show(table(summarize(results, tasks), tasks), end="")
 
 

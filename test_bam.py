@@ -2162,7 +2162,7 @@ def test_regimes_trials_and_constant_weights(small, quick, command, tmp_path):
     shutil.copytree(tmp_path / "trial-1", tmp_path / "trial-1-backup")  # which is no trial
     status, stdout, _ = command("--table", tmp_path, small[1])
     assert status == 0 and f"{small[1]} is pooled, but its single.gold_weight is None, and 0.5 in {tmp_path}\n" in stdout
-    assert f"warning: {small[1]} has not finished multi, multi-multi, single-multi-single, " in stdout
+    assert f"warning: {small[1]} has no finished multi, multi-multi, single-multi-single, " in stdout
     assert stdout.count("  3 trials") == 2 and stdout.count("  2 trials") == number - 2
     assert f"{small[1].parent} is no run directory of bam.py" in command("--table", small[1].parent)[2]
     assert "expected runs of bam.py with the same tasks" in command("--table", small[1], quick[0])[2]
