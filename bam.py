@@ -53,7 +53,7 @@ class Recipe:
 
     learning_rate: float = setting(5e-5, "peak rate; higher for the larger batches of several tasks")
     batch_size: int = setting(32, "examples a step; larger where tasks mix", low=1)
-    epochs: float = setting(3.0, "epochs · examples / batch_size steps, and at least one, for any sampling", 1e-3, 1e6)
+    epochs: float = setting(3.0, "epochs · examples / batch_size steps, at least one, whatever the exponent", 1e-3, 1e6)
     warmup: float = setting(0.1, "part of the steps over which the rate rises from 0; Adam needs it here", high=1)
     layer_decay: float = setting(0.9, "α: a layer's rate is α times that of the layer above; low layers are general")
     weight_decay: float = setting(0.01, "decoupled; not on biases and LayerNorm")
@@ -295,8 +295,6 @@ def train(model, dataset, teacher_logits, recipe, seed, run, folder=None, evalua
     # A checkpoint of this training overwrites the optimizer's vectors, and with them the model's parameters.
     start, num_bytes = resume(run, folder / CHECKPOINT, optimizer.state(training, 0, 0))
     progress = Progress(run, folder, start, num_bytes, dataset, schedule)
-    if start:
-        run.say(f"{progress.name}  resumes after step {start}/{num_steps}")
     model.train()
     rehearse(model, dataset, targets, run)
     for step in range(start, num_steps):

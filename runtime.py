@@ -398,6 +398,8 @@ class Progress:
         self.metrics = open(folder / "metrics.jsonl" if run.rank == 0 else os.devnull, "ab")
         if run.rank == 0:
             self.metrics.truncate(min(num_bytes, self.metrics.tell()))
+        if start:
+            run.say(f"{self.name}  resumes after step {start}/{self.num_steps}")
 
     def after(self, step, loss, norm, rate, gold_weight):
         """Note a step: its summed loss and its gradient's norm (tensors), its learning rate and λ."""

@@ -2521,8 +2521,8 @@ def lines_of(tree, style):
 
 def test_figure_names_are_those_of_the_table():
     """figure.py imports nothing of ours, so it repeats names: the same ones, in the same order."""
-    assert figure.TASKS.items() <= {task.name: task.folder for task in glue_data.TASKS.values()}.items()
-    assert set(glue_data.EIGHT) < set(figure.TASKS)
+    glue = [(task.name, task.folder) for task in glue_data.TASKS.values()][:9]  # a fork's own come after them
+    assert list(figure.TASKS.items()) == glue
     assert list(figure.REGIMES.items()) == [(name, regime.label) for name, regime in bam.REGIMES.items()]
 
 
