@@ -2217,6 +2217,9 @@ def test_teachers_of_another_checkpoint_teach_by_their_outputs_alone(small, comm
     assert load_pretrained(out / "trial-1" / "single-multi").config.hidden_size == 16 < models[0].config.hidden_size
     table = (out / "table.txt").read_text()
     assert re.search(r"^Single, teacher .*\n(.*\n)*Single→Multi ", table, re.M) and "\nSingle  " not in table
+    ask = [out, "--task", "rte", "--text", "w1", "--text2", "w2", "--regime"]
+    assert command(*ask, "single-teacher", main=predict.main)[0] == 0
+    assert f"{out}: no finished model of single there" in command(*ask, "single", main=predict.main)[2]
     save_pretrained(tiny_model(replace(TINY, hidden_size=32), std=0.2), big)
     assert "files.teacher/model.safetensors" in command(*again)[2]
 
