@@ -470,7 +470,7 @@ def summarize(results, tasks):
     columns are the average of the tasks, taken within each trial, and each task's own metric of the paper."""
     columns = {}  # {regime: {column: one value a trial}}
     for name, trials in results.items():
-        of_task = {t.folder: np.array([s[t.name][t.dev[0][0]][t.metrics[0]] for s in trials], float) for t in tasks}
+        of_task = {t.name: np.array([s[t.name][t.dev[0][0]][t.metrics[0]] for s in trials], float) for t in tasks}
         columns[name] = {"Avg": np.mean(list(of_task.values()), axis=0), **of_task}
     summary = {}
     for name, row in columns.items():
@@ -486,8 +486,10 @@ def summarize(results, tasks):
 
 def table(summary, tasks):
     """The paper's table with this run's rows; over several trials also the spread, and p against Single and Multi."""
-    columns = ["Avg", *(task.folder for task in tasks)]
-    rows = [["Model", *columns]]
+    columns = ["Avg", *(task.name for task in tasks)]
+    folders = [task.folder for task in tasks]
+    headings = [task.folder if folders.count(task.folder) == 1 else task.name for task in tasks]
+    rows = [["Model", "Avg", *headings]]
     for name, row in summary.items():
         suffix = ", teacher" if name.endswith(TEACHER) else ""
         formats = {REGIMES[name.removesuffix(TEACHER)].label + suffix: "{median:.1f}"}  # {label: a cell's format}
@@ -500,7 +502,7 @@ def table(summary, tasks):
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     lines.insert(1, "-" * len(lines[0]))
-    metrics = ", ".join(f"{task.folder} {task.metrics[0]}" for task in tasks)
+    metrics = ", ".join(f"{heading} {task.metrics[0]}" for heading, task in zip(headings, tasks, strict=True))
     return "\n".join([*lines, "", f"GLUE dev, percent: {metrics}."]) + "\n"
 
 

@@ -370,7 +370,7 @@ def load_cached(cache, task, split, root, tokenizer, *settings):
     dataset = load_dataset(task, split, root, tokenizer, *settings)
     arrays = {field.name: getattr(dataset, field.name) for field in fields(dataset)[1:]}
     cache.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(f".{os.getpid()}.npz")
+    beside = path.with_suffix(f".{os.urandom(8).hex()}.npz")
     np.savez(beside, **arrays)
     beside.replace(path)
     return dataset

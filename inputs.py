@@ -80,12 +80,17 @@ def parse_args(argv, description, defaults, regimes):
         why = f"{entry.metadata['why']} (default {shown})"
         add("--" + entry.name.replace("_", "-"), type=one_or_two(entry), metavar="X", help=why)
     args = parser.parse_args(argv)
+    if args.table and args != parser.parse_args(["--table", *map(str, args.table)]):
+        parser.error("--table: takes run directories and no other flag")
     if args.demo and (args.data != DATA or args.checkpoint != CHECKPOINT_NAME):
         parser.error("--demo makes its own data and checkpoint; --data and --checkpoint are for real ones")
     args.out = args.out or f"runs/{'demo' if args.demo else args.task.replace(',', '-')}"
     args.regime = args.regime or (["single-multi"] if len(glue_data.resolve(args.task)) > 1 else ["single"])
-    if (args.teacher_checkpoint or args.teachers > 1) and not any(regimes[name].teacher for name in args.regime):
-        parser.error(f"--regime: {','.join(args.regime)} has no teacher; --teachers and --teacher-checkpoint need one")
+    for_teachers = args.teacher_checkpoint or args.teachers > 1 or args.gold_weight
+    if for_teachers and not any(regimes[name].teacher for name in args.regime):
+        advice = "name also one that has, such as single-multi"
+        flags = "--teachers, --teacher-checkpoint and --gold-weight"
+        parser.error(f"--regime: {','.join(args.regime)} has no teacher, which {flags} need; {advice}")
     return args
 
 
@@ -148,7 +153,7 @@ def data_folder(args, run):
     if begun or not run.exists(folder):
         if not begun and args.data != DATA and not args.download:
             raise UsageError(f"--data: there is no folder {folder}; with --download GLUE is fetched into it")
-        run.on_rank_0(download, "glue", str(folder))
+        run.on_rank_0(download, run, "glue", str(folder))
     return folder
 
 
@@ -158,14 +163,15 @@ def checkpoint_folder(name, run):
         return Path(name)
     folder = Path("checkpoints") / name
     if not any(run.exists(folder / file) for file in WEIGHTS):
-        run.on_rank_0(download, "checkpoint", name, str(folder))
+        run.on_rank_0(download, run, "checkpoint", name, str(folder))
     return folder
 
 
-def download(*arguments):
+def download(run, *arguments):
     """Run download_glue.sh, all the network code there is."""
     script = Path(__file__).with_name("download_glue.sh")
     if subprocess.run(["bash", str(script), *arguments], env={**os.environ, "PYTHON": sys.executable}).returncode:
+        run.stop_if_asked()  # Ctrl-C ends the script too
         raise UsageError(f"{script.name} {' '.join(arguments)} failed, as said above; --demo needs no download")
 
 

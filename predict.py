@@ -26,7 +26,8 @@ def finished_models(run, tasks, regime=None):
     folders = {}
     for name in [regime] if regime else REGIMES:  # later ones replace earlier ones
         for path in sorted((run / "trial-1" / name).glob("**/scores.json")):
-            folders |= dict.fromkeys(glue_data.read_json(path), path.parent)
+            known = [task for task in glue_data.read_json(path) if path.parent.name in (name, task)]
+            folders |= dict.fromkeys(known, path.parent)
     if not folders:
         problem = f"no finished model{' of ' + regime if regime else ''} there"
         raise UsageError(f"{run}: {problem}; expected the run directory of an earlier command")

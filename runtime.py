@@ -98,7 +98,7 @@ def find_device(name, rank, world):
     one that torchrun says, or else the next in turn."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and world > 1:
+    if name.startswith("cuda") and world > 1:
         name = f"cuda:{os.environ.get('LOCAL_RANK') or rank % max(1, torch.cuda.device_count())}"
     try:
         return torch.empty(0, device=name).device
@@ -109,7 +109,8 @@ def find_device(name, rank, world):
 def multiplies_bfloat16(device):
     """Whether the device multiplies bfloat16 natively. A processor that does not takes thirty times float32's time."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     try:
         flags = Path("/proc/cpuinfo").read_text().split()
     except OSError:
