@@ -89,7 +89,7 @@ REGIMES = {
     "single-multi-single-multi": Regime("Single→Multi→Single→Multi", multi=True, teacher="single-multi-single"),
 }
 
-TEACHER = "-teacher"  # as in single-teacher/rte
+TEACHER = "-teacher"  # ends the names of rows and folders of --teacher-checkpoint's models: single-teacher/rte
 
 
 @dataclass(frozen=True)
@@ -120,12 +120,9 @@ class Experiment:
 # teachers' logits (N, K) likewise.
 
 
-def annealing_weight(step, num_steps, gold_weight=None, has_teacher=True):
-    """λ, the weight of the gold labels: from 0 at the first step to 1 − 1 / num_steps at the last, or the constant that
-    the recipe's gold_weight gives; 1 without a teacher."""
-    if not has_teacher:
-        return 1.0
-    return step / num_steps if gold_weight is None else gold_weight
+def annealing_weight(step, num_steps, constant=None):
+    """λ, the weight of the gold labels: from 0 at the first step to 1 − 1 / num_steps at the last; or a constant."""
+    return step / num_steps if constant is None else constant
 
 
 def distillation_loss(logits, labels, teacher_logits, own, regression, gold_weight):
@@ -180,13 +177,15 @@ class Adam:
         self.gradients = torch.zeros_like(self.values)
         self.mean = torch.zeros_like(self.values)
         self.square = torch.zeros_like(self.values)
-        self.count = torch.tensor(1e6, device=self.values.device)  # of steps: so many that AdamW's 1 − β^count is 1
+        # AdamW divides its moments by 1 − β^count, the bias correction that BERT's Adam lacks; with this count that is 1.
+        self.count = torch.tensor(1e6, device=self.values.device)
         self.groups = []  # of parameters that share a rate and a decay: (their parts of the vectors, decay, distance)
         end = 0
         for (depth, is_exempt), members in itertools.groupby(parameters, group_of):
             start = end
             for _, parameter in members:
                 end = self.move_into_vector(parameter, end)
+            # adamw takes lists of tensors: here one of each, this group's part of a vector.
             parts = [[vector[start:end]] for vector in (self.values, self.gradients, self.mean, self.square)]
             decay = 0.0 if is_exempt else recipe.weight_decay
             self.groups.append((parts, decay, model.depth("head") - depth))
@@ -231,7 +230,7 @@ class Adam:
 
 def targets_of(dataset, teacher_logits, device):
     """What distillation_loss takes besides logits and λ, for all examples, on the device: labels, teachers' logits and
-    own (N, K), regression (N,). Without teachers λ is 1, and the labels fill the logits' place, which does not count."""
+    own (N, K), regression (N,). Without teachers λ is 1, their logits have no weight, and the labels stand in for them."""
     counts = [task.num_outputs for task in dataset.tasks]
     owner = np.repeat(np.arange(len(counts)), counts)  # (K,)
     own = owner == dataset.task_ids[:, None]  # (N, K)
@@ -289,16 +288,17 @@ def train(model, dataset, teacher_logits, recipe, seed, run, folder=None, evalua
     sizes = np.bincount(dataset.task_ids)  # examples of each task
     schedule = sample_schedule(sizes, num_steps, recipe.batch_size, recipe.exponent, seed)  # (num_steps, batch_size)
     targets = targets_of(dataset, teacher_logits, run.device)
-    has_teacher = teacher_logits is not None
+    constant = 1.0 if teacher_logits is None else recipe.gold_weight  # without a teacher the gold labels count alone
     training = training_identity(model, recipe, dataset, teacher_logits, seed)
     optimizer = Adam(model, recipe)
-    # A checkpoint of this training overwrites the optimizer's vectors, and with them the model's parameters.
+    # If a checkpoint of this training is there, resume() copies it into the optimizer's vectors, whose views are the
+    # model's parameters. start: the steps done; num_bytes: of metrics.jsonl. Without a checkpoint both are 0.
     start, num_bytes = resume(run, folder / CHECKPOINT, optimizer.state(training, 0, 0))
     progress = Progress(run, folder, start, num_bytes, dataset, schedule)
     model.train()
     rehearse(model, dataset, targets, run)
     for step in range(start, num_steps):
-        gold_weight = annealing_weight(step, num_steps, recipe.gold_weight, has_teacher)
+        gold_weight = annealing_weight(step, num_steps, constant)
         examples = schedule[step, run.rank :: run.world]  # this process's share of the batch
         dropout_seed = seed + step + run.rank * 1_000_003  # so that resuming needs no generator's state
         loss = add_gradients(model, dataset, targets, examples, gold_weight, dropout_seed, run=run)
@@ -379,16 +379,11 @@ def run_regime(experiment, run, name, trial, copy=1):
         for number in range(1, experiment.copies + 1):
             teachers.append(run_regime(experiment.of_teachers, run, regime.teacher, trial, number))
     top = run.folder / f"trial-{trial}" / (name + experiment.suffix + (f"-{copy}" if copy > 1 else ""))
-    models = models_of(regime, experiment.tasks, top)
+    models = {top: experiment.tasks} if regime.multi else {top / task.name: [task] for task in experiment.tasks}
     for folder, tasks in models.items():
         if not run.exists(folder / "scores.json"):  # which train_model writes last
             train_model(experiment, run, regime, tasks, teachers, folder)
     return {task.name: folder for folder, tasks in models.items() for task in tasks}
-
-
-def models_of(regime, tasks, top):
-    """{folder of a model: its tasks} of a row of the table."""
-    return {top: tasks} if regime.multi else {top / task.name: [task] for task in tasks}
 
 
 def train_model(experiment, run, regime, tasks, teachers, folder):
@@ -457,10 +452,12 @@ def collect(folders, tasks):
         for folder in folders:
             trials = [int(path.name[6:]) for path in folder.glob("trial-*") if path.name[6:].isdecimal()]
             for trial in sorted(trials):
-                models = models_of(REGIMES[name.removesuffix(TEACHER)], tasks, folder / f"trial-{trial}" / name)
-                paths = [model / "scores.json" for model in models]
-                if all(path.exists() for path in paths):
-                    scores = dict(item for path in paths for item in read_json(path).items())
+                top = folder / f"trial-{trial}" / name
+                scores = {}
+                for path in (top / "scores.json", *(top / task.name / "scores.json" for task in tasks)):
+                    if path.exists():  # a model of all tasks, or of one
+                        scores |= read_json(path)
+                if len(scores) == len(tasks):
                     results.setdefault(name, []).append(scores)
     return results
 

@@ -244,9 +244,9 @@ def lay_out(title, note, legend, panels, height):
     return drawing, 62 + pitch * math.ceil(len(panels) / COLUMNS)
 
 
-def draw(folders):
-    """Draw a run directory, or a list of them pooled, and return the path of the picture, figure.svg in the first."""
-    folders = [Path(folder) for folder in (folders if isinstance(folders, (list, tuple)) else [folders])]
+def draw(*folders):
+    """Draw run directories, several of them pooled, and return the path of the picture, figure.svg in the first."""
+    folders = [Path(folder) for folder in folders]
     configs, stages = zip(*map(read_run, folders), strict=True)
     stages = sorted(sum(stages, []), key=lambda stage: list(LABELS).index(stage.regime))
     tasks = configs[0].get("tasks") or sorted({task for stage in stages for task in (stage.task, *stage.scores)} - {""})
@@ -279,7 +279,7 @@ def main(arguments=None):
     parser.add_argument("folders", nargs="+", type=Path, help="run directories; several are pooled")
     folders = parser.parse_args(arguments).folders
     try:
-        print(draw(folders))
+        print(draw(*folders))
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

@@ -188,7 +188,7 @@ class Split:
 
     first: list[str]
     second: list[str] | None  # None for single-sentence tasks
-    labels: np.ndarray | None  # (N, K) float32; None in a test split
+    labels: np.ndarray  # (N, K) float32; zeros where there are none
     lines: np.ndarray  # (N,) int32, line numbers from 1
     index: np.ndarray  # (N,) int32, each example's number in a submission
 
@@ -206,10 +206,9 @@ def read_split(task, split, root):
     for line, words in parse_tsv(data, path, wanted, () if is_test else task.header):
         texts.append(words[: len(task.text)])
         lines[read_index(words[-1], lines, path, line) if has_index else len(lines)] = line
-        if not is_test:
-            labels.extend(read_label(task, words[-1], path, line))
+        labels.extend([0.0] * task.num_outputs if is_test else read_label(task, words[-1], path, line))
     first, second = sentences_of(task, texts, path)
-    labels = None if is_test else np.array(labels).reshape(-1, task.num_outputs)  # (N, K)
+    labels = np.array(labels).reshape(-1, task.num_outputs)  # (N, K)
     return Split(first, second, labels, np.array(list(lines.values()), np.int32), np.array(list(lines), np.int32))
 
 
@@ -301,15 +300,15 @@ def load_dataset(task, split, root, tokenizer, max_length, limit=None):
     if task.symmetric and split == "train":
         first, second = first + second, second + first
         chosen = np.tile(chosen, 2)
-    labels = None if whole.labels is None else whole.labels[chosen]
-    examples = Split(first, second, labels, whole.lines[chosen], whole.index[chosen])
+    examples = Split(first, second, whole.labels[chosen], whole.lines[chosen], whole.index[chosen])
     return make_dataset(task, examples, tokenizer, max_length)
 
 
 def text_dataset(task, first, second, tokenizer, max_length):
     """Somebody's own sentences as a Dataset whose labels are zeros."""
+    labels = np.zeros((len(first), task.num_outputs), np.float32)
     index = np.arange(len(first), dtype=np.int32)
-    return make_dataset(task, Split(first, second, None, index + 1, index), tokenizer, max_length)
+    return make_dataset(task, Split(first, second, labels, index + 1, index), tokenizer, max_length)
 
 
 def make_dataset(task, examples, tokenizer, max_length):
@@ -325,14 +324,13 @@ def make_dataset(task, examples, tokenizer, max_length):
             ids += [*b[:kept_b], tokenizer.sep_id]
         input_ids.extend(ids)
         lengths.append(len(ids))
-    no_labels = np.zeros((len(first), task.num_outputs), np.float32)
     return Dataset(
         tasks=(task,),
         input_ids=np.array(input_ids),
         offsets=np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))),
         segment_starts=np.array(segment_starts),
         task_ids=np.zeros(len(first), np.int32),
-        labels=no_labels if examples.labels is None else examples.labels,
+        labels=examples.labels,
         lines=examples.lines,
         index=examples.index,
     )
@@ -391,8 +389,6 @@ def describe_examples(dataset, examples):
 
 def concatenate(datasets):
     """Datasets of one task each, in this order, as one Dataset; each task's labels have columns of their own."""
-    if len(datasets) == 1:
-        return datasets[0]
     joined = lambda name: np.concatenate([getattr(dataset, name) for dataset in datasets])
     lengths = np.concatenate([np.diff(dataset.offsets) for dataset in datasets])
     return Dataset(
@@ -540,14 +536,13 @@ def mann_whitney_p(a, b):
     u = max(u, n * m - u)
     _, ties = np.unique(values, return_counts=True)
     if min(n, m) <= 8 and ties.max() == 1:
-        counts = np.zeros((n + 1, n * m + 1))  # counts[i, s]: ways to pick i of the ranks so far with U statistic s
+        counts = np.zeros((n + 1, n * m + 1))  # counts[i, s]: ways in which i values of a have s values of b below them
         counts[0, 0] = 1
-        for rank in range(n + m):
-            for i in range(min(n, rank + 1), 0, -1):
-                shift = rank - (i - 1)  # how many values of b lie below, if this one is the i-th of a
-                if shift <= m:
-                    counts[i, shift:] += counts[i - 1, : n * m + 1 - shift]
-        return float(min(1.0, 2 * counts[n, int(u) :].sum() / counts[n].sum()))
+        for below in range(1, m + 1):  # how many values of b lie below one value of a; U is their sum
+            for i in range(1, n + 1):
+                counts[i, below:] += counts[i - 1, :-below]
+        counts = counts.sum(0)  # the other n - i values of a are below all of b
+        return float(min(1.0, 2 * counts[int(u) :].sum() / counts.sum()))
     variance = n * m / 12 * (n + m + 1 - (ties**3 - ties).sum() / ((n + m) * (n + m - 1)))
     return 1.0 if variance == 0 else min(1.0, 2 * NormalDist().cdf(-(u - n * m / 2 - 0.5) / variance**0.5))
 

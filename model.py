@@ -159,20 +159,15 @@ class MultiTaskBert(nn.Module):
         x = dropout(x, self.config.hidden_dropout_prob if self.training else 0.0)
         return self.embeddings_project(x)  # (T, H)
 
-    def encode(self, input_ids, segment_ids, position_ids, layout):
-        """(T,) each to the outputs of embeddings and layers, a list: (T, H), but of the last (B, H), [CLS] alone."""
-        outputs = [self.embed(input_ids, segment_ids, position_ids)]
-        for layer in self.layers:
-            outputs.append(layer(outputs[-1], layout, only_cls=layer is self.layers[-1]))
-        return outputs
-
     def pooled_output(self, input_ids, segment_ids, position_ids, layout, bfloat16=False):
         """(T,) each to (B, H) in float32. This is what is compiled, so the precision is chosen inside."""
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=bfloat16):
-            pooled = self.encode(input_ids, segment_ids, position_ids, layout)[-1]  # (B, H)
+            x = self.embed(input_ids, segment_ids, position_ids)  # (T, H)
+            for layer in self.layers:
+                x = layer(x, layout, only_cls=layer is self.layers[-1])  # (T, H); of the last layer (B, H)
             if self.pooler is not None:  # ELECTRA has none: its own fine-tuning puts the heads on [CLS] as it is
-                pooled = torch.tanh(self.pooler(pooled))
-        return pooled.float()
+                x = torch.tanh(self.pooler(x))
+        return x.float()
 
     def forward(self, batch, bfloat16=False):
         """An ops.Packed of B sequences to the logits (B, K) of every head. bfloat16: products in it, sums in float32.

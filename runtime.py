@@ -41,10 +41,6 @@ class UsageError(ValueError):
     """A command that cannot be carried out as given."""
 
 
-class TrainingError(RuntimeError):
-    """Training that cannot go on."""
-
-
 # --------------------------------------------------------------------------------------------------------------- files
 
 
@@ -60,7 +56,7 @@ def write_whole(path, content):
         if isinstance(content, np.ndarray):
             np.save(file, content)
         else:
-            file.write(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
+            file.write(content.encode() if isinstance(content, str) else content)
 
 
 def file_digest(path):
@@ -69,20 +65,15 @@ def file_digest(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def flatten(tree, prefix=""):
-    """{dotted name: value} of nested dicts."""
-    flat = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-def differences(one, other):
-    """[(dotted name, value in one, value in other)] of nested dicts, where they differ; 'nothing' for no value."""
-    one = flatten(one)
-    other = flatten(other)
-    pairs = [(name, one.get(name, "nothing"), other.get(name, "nothing")) for name in {**one, **other}]
-    return [(name, first, second) for name, first, second in pairs if first != second]
+def differences(one, other, prefix=""):
+    """Yield (dotted name, value in one, value in other) where nested dicts differ; 'nothing' stands for no value."""
+    for key in {**one, **other}:
+        first = one.get(key, "nothing")
+        second = other.get(key, "nothing")
+        if isinstance(first, dict) and isinstance(second, dict):
+            yield from differences(first, second, f"{prefix}{key}.")
+        elif first != second:
+            yield prefix + key, first, second
 
 
 def first_line(error):
@@ -111,10 +102,8 @@ def multiplies_bfloat16(device):
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
-    try:
-        flags = Path("/proc/cpuinfo").read_text().split()
-    except OSError:
-        return False
+    cpu = Path("/proc/cpuinfo")  # Linux's
+    flags = cpu.read_text().split() if cpu.exists() else []
     return device.type == "cpu" and not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
 
 
@@ -158,7 +147,7 @@ class Run:
         self.saved_at = time.monotonic()
         self.compile = compile and self.device.type == "cuda"
         self.evaluate_every = evaluate_every
-        self.signals = []  # those that have asked to stop
+        self.asked_at = None  # when a signal last asked to stop
         self.live = self.rank == 0 and sys.stdout is not None and sys.stdout.isatty()
         self.log = None
         self.files = contextlib.ExitStack()  # the log and the lock, open as long as the run is
@@ -258,28 +247,27 @@ class Run:
     def ask_to_stop(self, number, _):
         """Note the signal; a second Ctrl-C, not one that torchrun repeats within a second, stops at once."""
         now = time.monotonic()
-        if number == signal.SIGINT and self.signals and now - self.asked_at > 1:
+        if number == signal.SIGINT and self.asked_at and now - self.asked_at > 1:
             raise KeyboardInterrupt
         self.asked_at = now
-        self.signals.append(number)
 
     def stop_if_asked(self):
         """Raise KeyboardInterrupt where a signal has asked to stop."""
-        if self.signals:
+        if self.asked_at:
             raise KeyboardInterrupt
 
     def time_to_save(self, step):
         """Whether minutes or steps have passed, or a signal has asked to stop; the same answer in every process."""
         on_time = time.monotonic() - self.saved_at > self.save_seconds
         on_step = self.save_steps and (step + 1) % self.save_steps == 0
-        code = 2 if self.signals else int(bool(on_time or on_step))
+        code = 2 if self.asked_at else int(bool(on_time or on_step))
         if self.world > 1:
             if self.device.type == "cuda" and step % Progress.EVERY and not on_step:
                 return False  # agreeing makes the host wait for the device
             agreed = torch.tensor(code, device=self.device)
             dist.all_reduce(agreed, dist.ReduceOp.MAX)
             code = int(agreed)
-        if code == 2 and not self.signals:  # another process was asked
+        if code == 2 and not self.asked_at:  # another process was asked
             self.ask_to_stop(signal.SIGTERM, None)
         if code:
             self.saved_at = time.monotonic()
@@ -344,8 +332,7 @@ def save_checkpoint(path, tensors):
 def resume(run, path, state):
     """Let process 0 fill {name: tensor} from the latest checkpoint, and send it to the others. Returns the checkpoint's
     [steps done, bytes of metrics.jsonl]; without a checkpoint, the state's own."""
-    if run.rank == 0:
-        restore(run, path, state)
+    run.on_rank_0(restore, run, path, state)
     for tensor in state.values():
         run.broadcast(tensor)
     return state["progress"].tolist()
@@ -426,7 +413,7 @@ class Progress:
         self.metrics.flush()
 
     def check(self):
-        """Raise TrainingError if a gradient since the last check was not finite."""
+        """Raise FloatingPointError if a gradient since the last check was not finite."""
         steps = self.unchecked
         self.unchecked = []
         norms = torch.stack([norm for _, norm, _ in steps]).tolist() if steps else []
@@ -434,7 +421,7 @@ class Progress:
             if not math.isfinite(norm):
                 problem = f"{self.name}, step {step}: the gradient's norm is {norm}, at learning rate {rate:.1e}"
                 examples = describe_examples(self.dataset, self.schedule[step])
-                raise TrainingError(f"{problem}; nothing of it was saved. Its examples: {examples}")
+                raise FloatingPointError(f"{problem}; nothing of it was saved. Its examples: {examples}")
 
     def sync(self):
         """Before a checkpoint: raise for a gradient that was not finite, bring metrics.jsonl to the disk, and return
@@ -461,13 +448,14 @@ class Progress:
 # ------------------------------------------------------------------------------------------------------------- command
 
 
-def show(text, end="\n"):
+def show(text, end="\n", stream="stdout"):
     """Print, as far as anybody reads: output that cannot be written ends nothing."""
     try:
-        print(text, end=end, flush=True)
+        if getattr(sys, stream) is not None:
+            print(text, end=end, file=getattr(sys, stream), flush=True)
     except OSError:  # the reader or the terminal is gone
-        sys.stdout = None  # so that Python's last flush does not fail either
-    except ValueError:  # it is closed
+        setattr(sys, stream, None)  # so that Python's last flush does not fail either
+    except ValueError:  # the stream is closed
         pass
 
 
@@ -489,7 +477,7 @@ def command(name, main, argv=None):
     except BrokenPipeError:  # of predict.py | head
         sys.stdout = None
         return 1
-    except (TrainingError, OSError, torch.OutOfMemoryError) as error:  # OSError: a full disk
+    except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:  # it diverged; a full disk; no memory
         message = f"error: {error}{resumes}"
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):  # gloo's has no class of its own
@@ -499,9 +487,5 @@ def command(name, main, argv=None):
     except KeyboardInterrupt:
         status = 130
         message = f"interrupted{resumes}"
-    try:
-        if sys.stderr is not None:  # else print would take standard output
-            print(f"{name}: {message}", file=sys.stderr, flush=True)
-    except (OSError, ValueError):
-        sys.stderr = None
+    show(f"{name}: {message}", stream="stderr")
     return status

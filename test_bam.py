@@ -126,7 +126,13 @@ def starts_of(lengths):
 
 def encode(model, batch):
     """The outputs of the embeddings and of every layer."""
-    return model.encode(batch.input_ids, batch.segment_ids, batch.position_ids, batch.layout)
+    outputs = []
+    modules = model.embeddings_project, *model.layers
+    hooks = [module.register_forward_hook(lambda *call: outputs.append(call[-1])) for module in modules]
+    model(batch)
+    for hook in hooks:
+        hook.remove()
+    return outputs
 
 
 def random_batch(config, lengths, device="cpu", upload=ops.upload):
@@ -184,7 +190,7 @@ def test_cola_has_a_header_in_test_only_and_no_final_newline(tmp_path):
     assert split.first == ["One.", "Two."] and split.second is None
     assert split.labels.tolist() == [[0, 1], [1, 0]]
     test = read_split(TASKS["cola"], "CoLA", tmp_path)
-    assert test.first == ["Three."] and test.labels is None
+    assert test.first == ["Three."] and test.labels.tolist() == [[0, 0]]
 
 
 def test_columns_are_taken_by_name(tmp_path):
@@ -795,60 +801,18 @@ def buckets(lengths):
     return ops.Buckets(starts_of(lengths))
 
 
-def padded(lengths, device="cpu"):
-    """The Padded layout of sequences, as upload_padded makes it."""
-    tokens = np.zeros(sum(lengths), np.int32)
-    batch = glue_data.Batch(tokens, tokens, tokens, starts_of(lengths).astype(np.int32), np.arange(len(lengths)))
-    return ops.upload_padded(batch, torch.device(device)).layout
-
-
-def attention_inputs(only_cls, lengths=LENGTHS, heads=2, size=8, dtype=torch.double):
-    """attention's arguments of packed sequences: [qkv] or, for [CLS] alone, [kv, cls_q]; all with gradients."""
+def attention_inputs(only_cls, lengths=LENGTHS):
+    """attention's arguments, H = 16: [qkv] or, for [CLS] alone, [kv, cls_q]; all with gradients."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(sum(lengths), (3 - only_cls) * heads * size)] + [(len(lengths), heads * size)] * only_cls
-    return [torch.randn(shape, dtype=dtype, generator=generator).requires_grad_() for shape in shapes]
-
-
-def attend_sequences(qkv, heads, cls_q=None):
-    """Attention sequence by sequence."""
-    *q, k, v = qkv.view(len(qkv), 3 if cls_q is None else 2, heads, -1).unbind(1)
-    queries = q[0].split(LENGTHS) if q else cls_q.view(len(cls_q), 1, heads, -1)
-    outputs = []
-    for q, k, v in zip(queries, k.split(LENGTHS), v.split(LENGTHS), strict=True):
-        probabilities = (torch.einsum("iad,jad->aij", q, k) / q.shape[-1] ** 0.5).softmax(-1)
-        outputs.append(torch.einsum("aij,jad->iad", probabilities, v).flatten(1))
-    return torch.cat(outputs)
-
-
-def attend_padded(qkv, p, *cls_q):
-    """Attention with an accelerator's layout, whose last sequence nobody reads."""
-    longer = [torch.cat([x, x.new_ones(1, x.shape[1])]) for x in (qkv, *cls_q)]
-    return padded(LENGTHS).attention(longer[0], 2, p, *longer[1:])[:-1]
-
-
-@pytest.mark.parametrize("only_cls", [False, True])
-def test_attention_is_each_sequences_own(only_cls):
-    """The CPU's buckets, whose softmax is float32's, and the padded attention against a loop over sequences, values and
-    gradients."""
-    inputs = attention_inputs(only_cls)
-    results = []
-    for attend in (
-        lambda qkv, *q: attend_sequences(qkv, 2, *q),
-        lambda qkv, *q: buckets(LENGTHS).attention(qkv, 2, 0.0, *q),
-        lambda qkv, *q: attend_padded(qkv, 0.0, *q),
-    ):
-        out = attend(*inputs)
-        results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
-    for right, *found in zip(*results, strict=True):
-        for one in found:
-            torch.testing.assert_close(one, right, atol=2e-6, rtol=2e-6)
+    shapes = [(sum(lengths), (3 - only_cls) * 16)] + [(len(lengths), 16)] * only_cls
+    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
 
 
 def test_attention_in_bfloat16_stays_near_float32():
     """Softmax and its gradient are in float32: outputs and gradients within 2 % of the largest, with values that are not
     0 on average too."""
     for only_cls in (False, True):
-        full = attention_inputs(only_cls, dtype=torch.float32)
+        full = attention_inputs(only_cls)
         full[0].data[:, -16:] += 2
         half = [x.detach().bfloat16().requires_grad_() for x in full]
         results = []
@@ -862,17 +826,20 @@ def test_attention_in_bfloat16_stays_near_float32():
 
 @paths
 def test_a_sequence_does_not_see_its_companions(device, upload):
-    """Logits of a packed batch are those of each sequence alone, in any order; alone on an accelerator it is padded with
-    a sequence that nobody reads."""
+    """Logits of a packed batch are those of each sequence alone, and its gradients are the sum of theirs."""
     model = tiny_model().to(device)
     rng = np.random.default_rng(0)
     ids = rng.integers(60, size=(len(LENGTHS), 40))
     segments = rng.integers(2, size=ids.shape)
-    together, *alone = [
-        model(packed(ids[part], segments[part], LENGTHS[part], device, upload))
-        for part in (slice(None), *(slice(i, i + 1) for i in range(10)))
-    ]
-    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-4)
+    together = model(packed(ids, segments, LENGTHS, device, upload))
+    together.square().sum().backward()
+    found = gradients(model)
+    model.zero_grad()
+    parts = [slice(i, i + 1) for i in range(len(LENGTHS))]
+    alone = torch.cat([model(packed(ids[i], segments[i], LENGTHS[i], device)) for i in parts])
+    alone.square().sum().backward()
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+    assert_gradients(found, gradients(model), 1e-4)
 
 
 def test_dropout_stands_where_the_original_has_it(monkeypatch):
@@ -986,9 +953,9 @@ def test_compiled_operations_drop_out(device, monkeypatch):
     def attend(qkv, layout):
         return ops.dropout(layout.attention(qkv, 2, 0.1), 0.1)
 
-    qkv = attention_inputs(False, [*LENGTHS, 1], dtype=torch.float32)[0].detach().to(device)
+    qkv = attention_inputs(False, [*LENGTHS, 1])[0].detach().to(device)
     torch._dynamo.mark_dynamic(qkv, 0)
-    layout = padded(LENGTHS, device)
+    layout = random_batch(TINY, LENGTHS, device, ops.upload_padded).layout
     draws = []
     for seed in (0, 0, *range(1, 400)):
         torch.manual_seed(seed)
@@ -1180,7 +1147,7 @@ def test_weights_spread_over_files_load(checkpoint):
 
 
 def test_a_checkpoint_without_pooler_gets_a_new_one(checkpoint):
-    """As masked-LM checkpoints; it says so, and a trained model without pooler is an error."""
+    """As masked-LM checkpoints; it says so."""
     rewrite(checkpoint, lambda tensors: {name: tensor for name, tensor in tensors.items() if "pooler" not in name})
     said = []
     torch.manual_seed(0)
@@ -1188,8 +1155,6 @@ def test_a_checkpoint_without_pooler_gets_a_new_one(checkpoint):
     assert len(said) == 1 and "no pooler" in said[0]
     assert 0.5 < model.pooler.weight.std() / model.config.initializer_range < 1.5 and not model.pooler.bias.any()
     assert torch.equal(model.layers[2].ffn_out.weight, tiny_model().layers[2].ffn_out.weight)
-    with pytest.raises(CheckpointError, match="no tensor 'bert.pooler"):
-        load_pretrained(checkpoint)
 
 
 def test_folders_that_are_no_checkpoint(checkpoint, tmp_path):
@@ -1320,16 +1285,6 @@ def test_electra_saves_trains_and_exports(tmp_path, size):
         torch.testing.assert_close(model(batch)[:, model.columns[task]], logits, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["Roberta", "DistilBert", "Albert", "Deberta", "DebertaV2", "MobileBert", "XLNet"])
-def test_other_encoders_are_refused_by_their_type(tmp_path, name):
-    config = getattr(pytest.importorskip("transformers"), f"{name}Config")()
-    config.save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").touch()
-    reason = f"config.json: is not BERT's configuration: model_type is '{config.model_type}'; expected 'bert' or 'electra'"
-    with pytest.raises(CheckpointError, match=re.escape(reason)):
-        load_pretrained(tmp_path, {"rte": 2})
-
-
 @real_checkpoint
 def test_a_real_checkpoint_gives_hugging_faces_figures():
     """Recorded from transformers 5.24.0's BertModel: the last layer's [CLS] row and the pooled output."""
@@ -1349,10 +1304,9 @@ def test_a_real_checkpoint_gives_hugging_faces_figures():
 
 
 def test_annealing_weight():
-    """λ runs 0 … (N − 1) / N, is a constant where one is given, and 1 without a teacher."""
+    """λ runs 0 … (N − 1) / N, or is a constant where one is given."""
     assert [annealing_weight(step, 4) for step in range(4)] == [0, 0.25, 0.5, 0.75]
-    assert annealing_weight(3, 4, gold_weight=0.5) == 0.5
-    assert annealing_weight(0, 4, has_teacher=False) == annealing_weight(0, 4, 0.5, has_teacher=False) == 1
+    assert annealing_weight(3, 4, constant=0.5) == 0.5
 
 
 def losses_of(task, logits, labels, teacher, weight):
@@ -1391,6 +1345,13 @@ def test_losses_are_the_originals_copied_figures():
         np.testing.assert_allclose(found, expected, rtol=5e-6)
 
 
+def weight_of(case):
+    """λ in a recorded case."""
+    if not case["distill"]:
+        return 1.0
+    return annealing_weight(case["percent_done"], 1, None if case["teacher_annealing"] else 1 - case["distill_weight"])
+
+
 @recorded
 def test_losses_and_their_gradients_are_the_originals():
     """42 recorded cases: three tasks, normal and extreme logits, no teacher, annealed, and constant weights."""
@@ -1402,8 +1363,7 @@ def test_losses_and_their_gradients_are_the_originals():
         if k > 1:
             labels = torch.eye(k)[labels.long()]
         labels, teacher = labels.float().view(-1, k), teacher.view(-1, k)
-        constant = None if case["teacher_annealing"] else 1 - case["distill_weight"]
-        weight = annealing_weight(case["percent_done"], 1, constant, case["distill"])
+        weight = weight_of(case)
         logits = (pooled @ kernel + bias).requires_grad_()
         losses = losses_of(case["task"], logits, labels, teacher, weight)
         np.testing.assert_allclose(losses.detach(), arrays[f"{key}/losses"], rtol=5e-6, atol=1e-6)
@@ -1446,8 +1406,7 @@ def test_loss_of_a_mixed_batch_and_its_gradients_are_the_originals():
         batch, labels, teacher, own, regression, weights = recorded_features(
             features, meta["task_names"], meta["task_weights"]
         )
-        constant = None if case["teacher_annealing"] else 1 - case["distill_weight"]
-        weight = torch.tensor(annealing_weight(case["percent_done"], 1, constant, case["distill"]))
+        weight = torch.tensor(weight_of(case))
         loss = (distillation_loss(model(batch), labels, teacher, own, regression, weight) * weights).sum()
         assert loss.item() == pytest.approx(float(arrays[f"{case['key']}/total_loss"]), rel=5e-6)
         loss.backward()
@@ -1980,7 +1939,7 @@ def test_the_log_is_cut_where_the_checkpoint_ends(tmp_path):
 
 def test_a_gradient_that_is_not_finite_stops_at_its_step(training, tmp_path):
     """The message has folder, step, rate and the lines of the step's examples; nothing is written after it."""
-    with pytest.raises(runtime.TrainingError) as caught:
+    with pytest.raises(FloatingPointError) as caught:
         training(learning_rate=1e38)
     words = r"the gradient's norm is (nan|inf), at learning rate (.*); nothing of it was saved. Its examples: "
     lines = r"RTE/train.tsv, line ([\d, ]+); STS-B/train.tsv, line ([\d, ]+)"
@@ -2243,7 +2202,7 @@ def test_unknown_tokens_are_named(small, tmp_path):
 
 def test_a_download_that_a_signal_ends_is_no_failure(monkeypatch):
     run = Run(None, "cpu")
-    monkeypatch.setattr(inputs.subprocess, "run", lambda *_, **__: run.signals.append(2) or Mock(returncode=-2))
+    monkeypatch.setattr(inputs.subprocess, "run", lambda *_, **__: run.ask_to_stop(2, None) or Mock(returncode=-2))
     with pytest.raises(KeyboardInterrupt):
         inputs.download(run, "glue", "glue_data")
 
@@ -2271,7 +2230,6 @@ def refuses(small, command, tmp_path, monkeypatch):
 def test_bad_flags_are_refused_before_any_training(refuses, tmp_path):
     """Each with exit status 2, and one line that names the flag and what was expected."""
     refuses("unknown task ''; known: all, cola", task="")
-    refuses("rte is named twice", task="rte,RTE")
     refuses("unknown regime 'foo'; known: all, single, multi", regime="foo")
     refuses("--batch-size: invalid whole number value: 'x'", batch_size="x")
     refuses("--gold-weight: 2 is not from 0 to 1", gold_weight="2")
@@ -2288,7 +2246,6 @@ def test_bad_flags_are_refused_before_any_training(refuses, tmp_path):
     refuses("typo: is no folder", checkpoint="./typo")  # and no checkpoint's name to download
     refuses("download_glue.sh glue glue_data failed, as said above; --demo needs no download", data="glue_data")
     vocab = tmp_path / "checkpoint" / "vocab.txt"
-    refuses(f"{vocab}: is no folder; expected a checkpoint's folder, with model.safetensors", checkpoint=vocab)
     refuses(vocab / "run", "cannot be written", out=vocab / "run")
 
 
@@ -2477,9 +2434,7 @@ def test_exported_models_are_hugging_faces(quick, command, tmp_path):
         auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "all" / name)
         texts = auto(sentences.first[:20], sentences.second[:20], padding=True, return_tensors="pt")
         batch = ops.upload(pack(data, np.arange(20)), torch.device("cpu"))
-        assert texts["input_ids"][0, : data.offsets[1]].tolist() == data.input_ids[: data.offsets[1]].tolist()
         torch.testing.assert_close(theirs(**texts).logits, model(batch)[:, model.columns[name]], atol=1e-5, rtol=0)
-    assert auto(sentences.first[0])["input_ids"] == [tokenizer.cls_id, *tokenizer(sentences.first)[0], tokenizer.sep_id]
     pooled = model.pooled_output(batch.input_ids, batch.segment_ids, batch.position_ids, batch.layout)
     torch.testing.assert_close(encoder(**texts).pooler_output, pooled[:20], atol=1e-5, rtol=0)
 
@@ -2541,9 +2496,9 @@ def write_run(folder, tasks=("rte",), regimes=("single",), trials=((80,),), dev=
     return folder
 
 
-def drawn(folders):
+def drawn(*folders):
     """(The picture as an XML tree, all its words)."""
-    tree = ElementTree.parse(figure.draw(folders)).getroot()
+    tree = ElementTree.parse(figure.draw(*folders)).getroot()
     return tree, ["".join(element.itertext()) for element in tree.iter(SVG + "text")]
 
 
@@ -2582,7 +2537,7 @@ def test_figure_prints_the_median_and_the_average_within_trials(tmp_path):
 def test_figure_pools_runs(tmp_path):
     """Runs with the scores 60, 70 and 80, 95 are four trials with the median 75, drawn in the first run's folder."""
     first = write_run(tmp_path / "first", trials=[[60], [70]])
-    tree, words = drawn([first, write_run(tmp_path / "second", trials=[[80], [95]])])
+    tree, words = drawn(first, write_run(tmp_path / "second", trials=[[80], [95]]))
     assert circles(tree, "single") == 4 + 1 and "75.0" in words and "tasks 1 · trials 4 · seed 7, 7" in words
     assert list(tmp_path.rglob("*.svg")) == [first / "figure.svg"]
 
