@@ -68,7 +68,8 @@ def read_run(folder):
         num_steps = training[-1]["step"] + 1 if training else 1
         if dev and scores:
             dev[num_steps] = {name: percent for name, (_, percent) in scores.items()}
-        if regime in LABELS and (training or scores):
+        is_model = trial[6:].isdecimal() and set(task) <= set(scores or task)  # and nothing that was moved aside
+        if is_model and regime in LABELS and (training or scores):
             stages.append(Stage((folder, trial), regime, "".join(task), training, dev, scores, num_steps))
     if not stages:
         raise ValueError(f"{folder}: no trial-*/REGIME/metrics.jsonl or scores.json; expected bam.py's run directory")

@@ -133,7 +133,7 @@ def main(argv=None):
     add("--text", type=utf8, help="label one text, or with --text2 one pair")
     add("--text2", type=utf8)
     add("--export", metavar="FOLDER", help="write the encoder and each task's model for Hugging Face")
-    add("--regime", metavar="NAME", help="whose models, as in RUN/trial-1 (default: the task's last in the table)")
+    add("--regime", metavar="NAME", help="a folder of RUN/trial-1 (default: the task's last in the table)")
     add("--device", default="auto", help="cuda, cpu, mps (default: cuda where there is one)")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
     args = parser.parse_intermixed_args(argv)  # FILE may come after --task

@@ -2538,6 +2538,8 @@ def test_figure_prints_the_median_and_the_average_within_trials(tmp_path):
 def test_figure_pools_runs(tmp_path):
     """Runs with the scores 60, 70 and 80, 95 are four trials with the median 75, drawn in the first run's folder."""
     first = write_run(tmp_path / "first", trials=[[60], [70]])
+    shutil.copytree(first / "trial-1", first / "trial-1-backup")  # which is no trial
+    shutil.copytree(first / "trial-1/single/rte", first / "trial-1/single/rte-old")  # nor is this a model of the run's
     tree, words = drawn(first, write_run(tmp_path / "second", trials=[[80], [95]]))
     assert circles(tree, "single") == 4 + 1 and "75.0" in words and "tasks 1 · trials 4 · seed 7, 7" in words
     assert list(tmp_path.rglob("*.svg")) == [first / "figure.svg"]
@@ -2985,7 +2987,7 @@ def test_a_step_on_a_gpu_reads_nothing_from_it(monkeypatch):
 
 
 @gpu
-def test_a_compiled_step_on_a_gpu_reads_nothing_from_it(monkeypatch):
+def test_a_compiled_step_on_a_gpu_reads_nothing_from_it():
     """The same on a real one, where PyTorch makes an error of every wait."""
     run = Run(None, "cuda")
     dataset = drawn_examples("mnli", "stsb")
