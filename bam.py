@@ -53,7 +53,7 @@ class Recipe:
 
     learning_rate: float = setting(5e-5, "peak rate; higher for the larger batches of several tasks")
     batch_size: int = setting(32, "examples a step; larger where tasks mix", low=1)
-    epochs: float = setting(3.0, "epochs · examples / batch_size steps, at least one, whatever the exponent", 1e-3, 1e6)
+    epochs: float = setting(3.0, "steps = epochs · examples / batch_size, at least one, for any exponent", 1e-3, 1e6)
     warmup: float = setting(0.1, "part of the steps over which the rate rises from 0; Adam needs it here", high=1)
     layer_decay: float = setting(0.9, "α: a layer's rate is α times that of the layer above; low layers are general")
     weight_decay: float = setting(0.01, "decoupled; not on biases and LayerNorm")
@@ -177,7 +177,7 @@ class Adam:
         self.gradients = torch.zeros_like(self.values)
         self.mean = torch.zeros_like(self.values)
         self.square = torch.zeros_like(self.values)
-        # AdamW divides its moments by 1 − β^count, the bias correction that BERT's Adam lacks; with this count that is 1.
+        # AdamW divides its moments by 1 − β^count, a bias correction that BERT's Adam lacks; with this count it is 1.
         self.count = torch.tensor(1e6, device=self.values.device)
         self.groups = []  # of parameters that share a rate and a decay: (their parts of the vectors, decay, distance)
         end = 0
@@ -230,7 +230,7 @@ class Adam:
 
 def targets_of(dataset, teacher_logits, device):
     """What distillation_loss takes besides logits and λ, for all examples, on the device: labels, teachers' logits and
-    own (N, K), regression (N,). Without teachers λ is 1, their logits have no weight, and the labels stand in for them."""
+    own (N, K), regression (N,). Without teachers λ is 1, and the labels stand in for their logits."""
     counts = [task.num_outputs for task in dataset.tasks]
     owner = np.repeat(np.arange(len(counts)), counts)  # (K,)
     own = owner == dataset.task_ids[:, None]  # (N, K)

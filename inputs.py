@@ -98,22 +98,22 @@ def add_training_flags(parser, regime_names, regimes):
     """What is trained, and on which files."""
     count = number(int, 1)
     add = parser.add_argument_group("what is trained").add_argument
-    add("--task", default="all", help="all, or names with commas between: " + ", ".join(glue_data.TASKS))
+    add("--task", default="all", help="all (the first eight), or some, with commas: " + ", ".join(glue_data.TASKS))
     rows = f"rows of the table: all, or {regimes} (default single-multi, or single for one task)"
     add("--regime", type=regime_names, metavar="NAMES", help=rows)
     add("--trials", type=count, default=1, metavar="N", help="seeds; reports median, spread and p-values (default 1)")
     add("--teachers", type=count, default=1, metavar="N", help="seeds per teacher; outputs are averaged (default 1)")
     add("--seed", type=int, default=0, metavar="N", help="from which every model derives its own (default 0)")
-    add("--limit", type=count, metavar="N", help="at most N examples of each training set, evenly spaced (default all)")
+    add("--limit", type=count, metavar="N", help="at most N lines of each training file, evenly spaced (default all)")
     add("--table", nargs="+", type=Path, metavar="RUN", help="train nothing; one table over several run directories")
     add = parser.add_argument_group("files").add_argument
-    add("--demo", action="store_true", help="generated data and a tiny BERT: no download, two minutes")
+    add("--demo", action="store_true", help="generated data, a tiny BERT, its own recipe: no download, two minutes")
     add("--data", default=DATA, help=f"the GLUE folder (default {DATA}, downloaded if missing)")
     add("--download", action="store_true", help="download GLUE into a --data of another name too")
     name = f"a folder, or a public checkpoint's name, ORG/NAME (default {CHECKPOINT_NAME})"
     add("--checkpoint", default=CHECKPOINT_NAME, help=name)
     add("--teacher-checkpoint", help="another one for the teachers: only their outputs reach the student")
-    add("--out", help="run directory; repeating the command resumes there (default runs/TASK)")
+    add("--out", help="run directory; repeating the command resumes there (default runs/TASK or runs/demo)")
 
 
 def add_machine_flags(parser):

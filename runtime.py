@@ -278,7 +278,7 @@ class Run:
         (no compiler, an old card, an unwritable cache), say so in one line, and leave the model uncompiled."""
         if not self.compile:
             return
-        self.say("compiling the encoder takes about a minute, the first time")
+        self.say("compiling the encoder takes a minute or two, the first time")
         try:
             torch.compiler.set_stance("default")
             model.compiled = compiled(type(model).pooled_output)
@@ -306,7 +306,7 @@ def within_memory(function):
                 if run.tokens_at_once < 2 * MIN_TOKENS:
                     raise
             run.tokens_at_once //= 2  # outside of the handler, whose error holds on to the memory
-            run.say(f"out of memory: from here on {run.tokens_at_once} tokens at once; the gradient is the same")
+            run.say(f"out of memory: from now on {run.tokens_at_once} tokens at once; the same gradient but for dropout")
             model.zero_grad(set_to_none=False)
 
     return call
