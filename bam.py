@@ -33,7 +33,7 @@ from inputs import checkpoint_folder, data_folder, identity, load_data, parse_ar
 from model import WEIGHTS, load_pretrained, save_pretrained
 from ops import upload
 from runtime import (
-    CHECKPOINT, Progress, Run, UsageError, command, differences, previous, resume, save_checkpoint, show, to_json,
+    CHECKPOINT, PREVIOUS, Progress, Run, UsageError, command, differences, resume, save_checkpoint, show, to_json,
     within_memory, write_whole,
 )  # fmt: skip
 from wordpiece import Tokenizer
@@ -408,7 +408,7 @@ def train_model(experiment, run, regime, tasks, teachers, folder):
         run.on_rank_0(tokenizer.save, folder, recipe.max_length)
         run.on_rank_0(save_pretrained, model, folder, heads={task.name: task.labels for task in tasks})
     scores = evaluate(model, tasks, experiment.data, run, folder)
-    for path in (folder / CHECKPOINT, previous(folder / CHECKPOINT)):  # the weights have been written
+    for path in (folder / CHECKPOINT, folder / PREVIOUS):  # the weights have been written
         run.on_rank_0(path.unlink, missing_ok=True)
     run.on_rank_0(write_whole, folder / "scores.json", to_json(scores))
 
@@ -450,7 +450,7 @@ def collect(folders, tasks):
     results = {}
     for name in [name + suffix for name in REGIMES for suffix in (TEACHER, "")]:
         for folder in folders:
-            trials = [int(path.name[6:]) for path in folder.glob("trial-*") if path.name[6:].isdecimal()]
+            trials = {int(path.name[6:]) for path in folder.glob("trial-*") if path.name[6:].isdecimal()}
             for trial in sorted(trials):
                 top = folder / f"trial-{trial}" / name
                 scores = {}
@@ -519,8 +519,7 @@ def submit(experiment, run, folders, path):
             words = glue_data.answers(task, predict(model, dataset, task, run))
             predictions[name] = (words, dataset.index)
     if not predictions:
-        run.say(f"{path}: not written, since the data has no test files")
-        return
+        return run.say(f"{path}: not written, since the data has no test files")
     wnli = experiment.data.get("wnli", {}).get("WNLI")
     if wnli:  # it gets its majority class, as in the paper, if it is no task of the experiment
         predictions.setdefault("WNLI", (["0"] * len(wnli), wnli.index))

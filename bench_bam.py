@@ -123,7 +123,7 @@ class Ours:
 
 
 class HuggingFace:
-    """transformers' encoder and a head, with `model`'s weights, or random ones if those are on the meta device."""
+    """transformers' encoder and a head, with `model`'s weights."""
 
     def __init__(self, run, model, dataset, targets, best):
         import transformers
@@ -131,10 +131,9 @@ class HuggingFace:
         config = transformers.AutoConfig.for_model(**vars(model.config))
         self.encoder = transformers.AutoModel.from_config(config, attn_implementation="sdpa")
         self.head = nn.Linear(model.head.in_features, model.head.out_features)
-        if not model.head.weight.is_meta:
-            public = {name.partition(".")[::2]: tensor for name, tensor in bert.public_tensors(model).items()}
-            self.encoder.load_state_dict({name: t for (module, name), t in public.items() if module != "heads"})
-            self.head.load_state_dict(model.head.state_dict())
+        public = {name.partition(".")[::2]: tensor for name, tensor in bert.public_tensors(model).items()}
+        self.encoder.load_state_dict({name: t for (module, name), t in public.items() if module != "heads"})
+        self.head.load_state_dict(model.head.state_dict())
         self.modules = nn.ModuleList([self.encoder, self.head]).to(run.device)
         self.optimizer = torch.optim.AdamW(self.modules.parameters(), lr=5e-5, fused=True)
         self.run = run

@@ -7,6 +7,7 @@ before anything is trained.
 """
 
 import argparse
+import hashlib
 import math
 import os
 import re
@@ -19,7 +20,7 @@ import numpy as np
 
 import glue_data
 from model import WEIGHTS, CheckpointError, load_pretrained, weight_files
-from runtime import UsageError, file_digest
+from runtime import UsageError
 from wordpiece import Tokenizer
 
 DATA = "glue_data"
@@ -85,8 +86,10 @@ def parse_args(argv, description, defaults, regimes):
     if args.demo and (args.data != DATA or args.checkpoint != CHECKPOINT_NAME):
         parser.error("--demo makes its own data and checkpoint; --data and --checkpoint are for real ones")
     args.out = args.out or f"runs/{'demo' if args.demo else args.task.replace(',', '-')}"
-    args.regime = args.regime or (["single-multi"] if len(glue_data.resolve(args.task)) > 1 else ["single"])
-    for_teachers = args.teacher_checkpoint or args.teachers > 1 or args.gold_weight
+    several = len(glue_data.resolve(args.task)) > 1  # which refuses unknown names
+    args.regime = args.regime or ["single-multi" if several else "single"]
+    constant = args.gold_weight not in (None, [None, None])
+    for_teachers = args.teacher_checkpoint or args.teachers > 1 or constant
     if for_teachers and not any(regimes[name].teacher for name in args.regime):
         advice = "name also one that has, such as single-multi"
         flags = "--teachers, --teacher-checkpoint and --gold-weight"
@@ -209,6 +212,7 @@ def identity(experiment, run, folder, limit):
             names = ["config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json"]
             paths = [source.checkpoint / name for name in names] + weight_files(source.checkpoint)
             files |= {prefix + path.name: path for path in paths}
+    digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items() if path.is_file()}
     return {
         "tasks": [task.name for task in experiment.tasks],
         "labels": {task.name: list(task.labels or task.scores) for task in experiment.tasks},
@@ -218,5 +222,5 @@ def identity(experiment, run, folder, limit):
         "precision": "bfloat16" if run.bfloat16 else "float32",
         "single": asdict(experiment.single),
         "multi": asdict(experiment.multi),
-        "files": {name: file_digest(path) for name, path in files.items() if path.is_file()},
+        "files": digests,
     }

@@ -350,18 +350,13 @@ def read_pickle(path):
         raise CheckpointError(f"{path}: cannot be read ({reason}); expected {NO_POINTER}") from error
 
 
-def save_pretrained(model, folder, **more):
-    """Write config.json and model.safetensors under public names, heads included: load_pretrained's inverse. `more`
-    goes into config.json."""
-    write_config(model, folder, **more)
-    write_safetensors(folder / WEIGHTS[0], public_tensors(model))
-
-
-def write_config(model, folder, **more):
-    """Write the model's config.json, with `more` in it."""
+def save_pretrained(model, folder, tensors=None, **more):
+    """Write config.json, with `more` in it, and model.safetensors: the tensors given or, as load_pretrained's inverse,
+    all of them under public names, heads included."""
     config = {"hidden_act": "gelu", **asdict(model.config), **more}
     with whole(folder / "config.json") as file:
         file.write(json.dumps(config, indent=2).encode() + b"\n")
+    write_safetensors(folder / WEIGHTS[0], tensors or public_tensors(model))
 
 
 # -------------------------------------------------------------------------------------------------------- tensor files
@@ -419,7 +414,7 @@ def whole(path):
     beside.replace(path)
 
 
-def write_safetensors(path, tensors, metadata=None):
+def write_safetensors(path, tensors):
     """Write {name: tensor}: read_safetensors' inverse. The file appears whole or not at all, and states its sha256."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     entries = {}
@@ -429,7 +424,7 @@ def write_safetensors(path, tensors, metadata=None):
         end += tensor.numel() * tensor.element_size()
         entries[name] = (tensor.dtype, list(tensor.shape), start, end)
     blobs = [tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for tensor in tensors.values()]
-    header = {"__metadata__": {"sha256": sha256(entries, blobs), **(metadata or {})}}
+    header = {"__metadata__": {"format": "pt", "sha256": sha256(entries, blobs)}}  # Hugging Face wants the format
     for name, (dtype, shape, start, end) in entries.items():
         header[name] = {"dtype": names[dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()

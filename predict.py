@@ -15,7 +15,7 @@ import torch
 import glue_data
 from bam import REGIMES, predict
 from inputs import Parser
-from model import WEIGHTS, load_pretrained, public_tensors, write_config, write_safetensors
+from model import load_pretrained, public_tensors, save_pretrained
 from runtime import Run, UsageError, command
 from wordpiece import Tokenizer
 
@@ -103,8 +103,7 @@ def write_public(model, folder, task=None):
         words = dict(enumerate(task.labels or ["score"]))
         config |= {"id2label": words, "label2id": {word: index for index, word in words.items()}}
         config["problem_type"] = "single_label_classification" if task.labels else "regression"
-    write_config(model, folder, **config)
-    write_safetensors(folder / WEIGHTS[0], tensors, {"format": "pt"})
+    save_pretrained(model, folder, tensors, **config)
 
 
 def export(args, folders):

@@ -13,9 +13,7 @@ import contextlib
 import datetime
 import fcntl
 import functools
-import hashlib
 import json
-import math
 import os
 import shutil
 import signal
@@ -57,12 +55,6 @@ def write_whole(path, content):
             np.save(file, content)
         else:
             file.write(content.encode() if isinstance(content, str) else content)
-
-
-def file_digest(path):
-    """The sha256 of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def differences(one, other, prefix=""):
@@ -315,17 +307,13 @@ def within_memory(function):
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 CHECKPOINT = "training.safetensors"
-
-
-def previous(path):
-    """Where the checkpoint before the last one lies."""
-    return path.with_name("previous-" + path.name)
+PREVIOUS = "previous-" + CHECKPOINT  # the one before it
 
 
 def save_checkpoint(path, tensors):
     """Write a checkpoint; the one before it stays."""
     if path.exists():
-        path.replace(previous(path))
+        path.replace(path.with_name(PREVIOUS))
     write_safetensors(path, tensors)
 
 
@@ -341,7 +329,7 @@ def resume(run, path, state):
 def restore(run, path, state):
     """Fill {name: tensor} from the latest checkpoint. One that is damaged, or of another training, is named, and the
     one before it used."""
-    for candidate in (path, previous(path)):
+    for candidate in (path, path.with_name(PREVIOUS)):
         if not candidate.exists():
             continue
         try:
@@ -414,14 +402,12 @@ class Progress:
 
     def check(self):
         """Raise FloatingPointError if a gradient since the last check was not finite."""
-        steps = self.unchecked
-        self.unchecked = []
-        norms = torch.stack([norm for _, norm, _ in steps]).tolist() if steps else []
-        for (step, _, rate), norm in zip(steps, norms, strict=True):
-            if not math.isfinite(norm):
-                problem = f"{self.name}, step {step}: the gradient's norm is {norm}, at learning rate {rate:.1e}"
+        for step, norm, rate in self.unchecked:
+            if not norm.isfinite():
+                problem = f"{self.name}, step {step}: the gradient's norm is {norm.item()}, at learning rate {rate:.1e}"
                 examples = describe_examples(self.dataset, self.schedule[step])
                 raise FloatingPointError(f"{problem}; nothing of it was saved. Its examples: {examples}")
+        self.unchecked.clear()
 
     def sync(self):
         """Before a checkpoint: raise for a gradient that was not finite, bring metrics.jsonl to the disk, and return

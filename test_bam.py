@@ -59,6 +59,7 @@ from runtime import Run
 from wordpiece import Tokenizer
 
 HERE = Path(__file__).parent
+README = (HERE / "README.md").read_text("utf-8")
 REFERENCE, GLUE = HERE.parent / "shared" / "reference", HERE.parent / "shared" / "glue_data"
 recorded = pytest.mark.skipif(not REFERENCE.is_dir(), reason="no ../shared/reference")
 real_glue = pytest.mark.skipif(not GLUE.is_dir(), reason="no ../shared/glue_data")
@@ -144,6 +145,8 @@ def random_batch(config, lengths, device="cpu", upload=ops.upload):
 
 TINY = BertConfig(60, 16, 3, 4, 32, max_position_embeddings=40, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
 LENGTHS = [9, 1, 23, 24, 7, 8, 8, 2, 40, 1]
+ADAM_CONFIG = BertConfig(7, 4, 2, 1, 6, max_position_embeddings=4)
+POOLER = "bert.pooler.dense.weight"
 
 
 def tiny_model(config=TINY, std=0.3, **num_outputs):
@@ -154,78 +157,54 @@ def tiny_model(config=TINY, std=0.3, **num_outputs):
 # ------------------------------------------------------------------------------------------------------------- reading
 
 HEADERS = {task.name: "\t".join(("index", *task.text, task.label)) for task in TASKS.values()}
-ROWS = {"cola": "source\t1\t\tA b.", "stsb": "0\tA b.\tC d.\t2.5", "mnli": "0\tA b.\tC d.\tneutral"}
 
 
-def write_split(root, name, text, split="train", data=None):
+def write_split(root, name, text, split="train"):
     path = root / TASKS[name].folder / TASKS[name].files[split]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text.encode() if data is None else data)
+    path.write_bytes(text.encode(errors="surrogateescape"))
     return path
 
 
-def test_a_double_quote_is_a_character(tmp_path):
-    """A csv reader with its default quoting would join these three rows to one."""
-    rows = ['0\t"Who\twas it?\tentailment', '1\tWhat?\tThat"\tnot_entailment', '2\tWhere?\t"Here"\tentailment']
-    write_split(tmp_path, "qnli", "\n".join(["index\tquestion\tsentence\tlabel", *rows]))
-    split = read_split(TASKS["qnli"], "train", tmp_path)
-    assert split.first == ['"Who', "What?", "Where?"]
-    assert split.second == ["was it?", 'That"', '"Here"']
-    assert split.labels.tolist() == [[1, 0], [0, 1], [1, 0]]
+@pytest.mark.parametrize("name, split, text, first, second, labels", [
+    # A double quote is a character: a csv reader with its default quoting would join these lines to one.
+    ("qnli", "dev", 'question\tsentence\tlabel\n"Who\twas it?\tentailment\n"So?"\tThat"\tnot_entailment',
+     ['"Who', '"So?"'], ["was it?", 'That"'], [[1, 0], [0, 1]]),
+    # MRPC comes with a byte-order mark and CR LF; spaces at edges, U+2028 and a lone CR belong to sentences.
+    ("mrpc", "train", "\ufeffQuality\t#1 String\t#2 String\r\n1\t a\u2028b \t c\rd \r\n0\te\t\r\n",
+     [" a\u2028b ", "e"], [" c\rd ", ""], [[0, 1], [1, 0]]),
+    # CoLA has a header in test only, and no final newline.
+    ("cola", "train", "gj04\t1\t\tOne.\nks08\t0\t*\tTwo.", ["One.", "Two."], None, [[0, 1], [1, 0]]),
+    ("cola", "CoLA", "index\tsentence\n0\tThree.\n", ["Three."], None, [[0, 0]]),
+    # Columns are taken by name: MNLI's gold label is column 11 in train and 15 in dev.
+    ("mnli", "dev", "label1\tgold_label\tsentence2\tsentence1\nneutral\tcontradiction\tD\tC\n",
+     ["C"], ["D"], [[1, 0, 0]]),
+    # Scores become fractions of five.
+    ("stsb", "train", "sentence1\tsentence2\tscore\na\tb\t5\nc\td\t1.250", ["a", "c"], ["b", "d"], [[1], [0.25]]),
+])  # fmt: skip
+def test_files_are_read_as_glue_writes_them(tmp_path, name, split, text, first, second, labels):
+    write_split(tmp_path, name, text, split)
+    found = read_split(TASKS[name], split, tmp_path)
+    assert (found.first, found.second, found.labels.tolist()) == (first, second, labels)
 
 
-def test_byte_order_mark_and_carriage_returns_go_and_all_else_stays(tmp_path):
-    """MRPC comes with a byte-order mark and CR LF; spaces at edges, U+2028 and a lone CR belong to sentences."""
-    text = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t3\t4\t a\u2028b \t c\rd \r\n0\t5\t6\te\t\r\n"
-    write_split(tmp_path, "mrpc", text)
-    split = read_split(TASKS["mrpc"], "train", tmp_path)
-    assert split.first == [" a\u2028b ", "e"] and split.second == [" c\rd ", ""]
-    assert split.labels.tolist() == [[0, 1], [1, 0]]
-
-
-def test_cola_has_a_header_in_test_only_and_no_final_newline(tmp_path):
-    write_split(tmp_path, "cola", "gj04\t1\t\tOne.\nks08\t0\t*\tTwo.")
-    write_split(tmp_path, "cola", "index\tsentence\n0\tThree.\n", split="CoLA")
-    split = read_split(TASKS["cola"], "train", tmp_path)
-    assert split.first == ["One.", "Two."] and split.second is None
-    assert split.labels.tolist() == [[0, 1], [1, 0]]
-    test = read_split(TASKS["cola"], "CoLA", tmp_path)
-    assert test.first == ["Three."] and test.labels.tolist() == [[0, 0]]
-
-
-def test_columns_are_taken_by_name(tmp_path):
-    """MNLI's gold label is column 11 in train and 15 in dev."""
-    text = "label1\tgold_label\tx\tsentence2\tsentence1\nneutral\tcontradiction\t\tD\tC\n"
-    write_split(tmp_path, "mnli", text, "dev")
-    dev = read_split(TASKS["mnli"], "dev", tmp_path)
-    assert (dev.first, dev.second, dev.labels.tolist()) == (["C"], ["D"], [[1, 0, 0]])
-
-
-def test_scores_become_fractions_of_five(tmp_path):
-    write_split(tmp_path, "stsb", HEADERS["stsb"] + "\n0\ta\tb\t0.000\n1\ta\tb\t5\n2\ta\tb\t1.250")
-    assert read_split(TASKS["stsb"], "train", tmp_path).labels.tolist() == [[0], [1], [0.25]]
-
-
-@pytest.mark.parametrize(
-    "name, text, words",
-    [
-        ("rte", "{}\n0\tA\tB\tentailment\n1\tA\tentailment\n", ["line 3", "3 tab-separated", "expected 4"]),
-        ("rte", "{}\n0\tA\tB\tentailment\tmore\n", ["line 2", "5 tab-separated", "expected 4"]),
-        ("rte", "{}\n0\tA\tB\tentailment\n\n1\tA\tB\tentailment\n", ["line 3", "expected 4"]),
-        ("rte", "{}\n0\tA\tB\tentails\n", ["line 2", "'entails'", "entailment or not_entailment"]),
-        ("rte", "{}\n", ["has no examples"]),
-        ("rte", "", ["is empty"]),
-        ("rte", "index\tsentence1\tlabel\n", ["line 1", "'sentence2'"]),
-        ("stsb", "{}\n0\tA\tB\t5.1\n", ["line 2", "'5.1'", "from 0 to 5"]),
-        ("stsb", "{}\n0\tA\tB\tnan\n", ["line 2", "'nan'", "from 0 to 5"]),
-        ("stsb", "{}\n0\tA\tB\t-0.1\n", ["line 2", "'-0.1'", "from 0 to 5"]),
-        ("stsb", "{}\n0\tA\tB\tgood\n", ["line 2", "'good'", "from 0 to 5"]),
-        ("stsb", "{}\n0\tA\tB\t0_5\n", ["line 2", "'0_5'", "from 0 to 5"]),  # to Python it is 5
-        ("rte", "index\tsentence1\tsentence1\tsentence2\tlabel\n", ["line 1", "one column 'sentence1'"]),
-        ("rte", "{}\n0\tA\tB\t" + "x" * 10**5, ["line 2", "unknown label 'xxx"]),
-        ("rte", "a\r\x1b[2J\tb\n", ["line 1", r"found 2 by tabs: 'a\r\x1b[2J, b'"]),  # a terminal must not obey a file
-    ],
-)
+@pytest.mark.parametrize("name, text, words", [
+    ("rte", "{}\n0\tA\tB\tentailment\tmore\n", ["line 2", "5 tab-separated", "expected 4"]),
+    ("rte", "{}\n0\tA\tB\tentailment\n\n1\tA\tB\tentailment\n", ["line 3", "expected 4"]),
+    ("rte", "{}\n0\tA\tB\tentails\n", ["line 2", "'entails'", "entailment or not_entailment"]),
+    ("rte", "\ufeff{}\n\udcff", ["line 2: byte 0xff is not UTF-8"]),
+    ("rte", "{}\n", ["has no examples"]),
+    ("rte", "", ["is empty"]),
+    ("rte", "index\tsentence1\tlabel\n", ["line 1", "'sentence2'"]),
+    ("stsb", "{}\n0\tA\tB\t5.1\n", ["line 2", "'5.1'", "from 0 to 5"]),
+    ("stsb", "{}\n0\tA\tB\tnan\n", ["line 2", "'nan'", "from 0 to 5"]),
+    ("stsb", "{}\n0\tA\tB\t-0.1\n", ["line 2", "'-0.1'", "from 0 to 5"]),
+    ("stsb", "{}\n0\tA\tB\tgood\n", ["line 2", "'good'", "from 0 to 5"]),
+    ("stsb", "{}\n0\tA\tB\t0_5\n", ["line 2", "'0_5'", "from 0 to 5"]),  # to Python it is 5
+    ("rte", "index\tsentence1\tsentence1\tsentence2\tlabel\n", ["line 1", "one column 'sentence1'"]),
+    ("rte", "{}\n0\tA\tB\t" + "x" * 10**5, ["line 2", "unknown label 'xxx"]),
+    ("rte", "a\r\x1b[2J\tb\n", ["line 1", r"found 2 by tabs: 'a\r\x1b[2J, b'"]),  # a terminal must not obey a file
+])  # fmt: skip
 def test_bad_lines_are_named_by_file_and_line(tmp_path, name, text, words):
     path = write_split(tmp_path, name, text.format(HEADERS[name]))
     with pytest.raises(DataError) as error:
@@ -233,14 +212,6 @@ def test_bad_lines_are_named_by_file_and_line(tmp_path, name, text, words):
     for word in [str(path), *words]:
         assert word in str(error.value)
     assert str(error.value).isprintable() and len(str(error.value)) < 600
-
-
-def test_bad_files_are_named(tmp_path):
-    with pytest.raises(DataError, match=r"RTE.train.tsv: cannot be read \(No such file"):
-        read_split(TASKS["rte"], "train", tmp_path)
-    write_split(tmp_path, "rte", "", data=b"\xef\xbb\xbf" + HEADERS["rte"].encode() + b"\n\xff")
-    with pytest.raises(DataError, match="line 2: byte 0xff is not UTF-8"):
-        read_split(TASKS["rte"], "train", tmp_path)
 
 
 def test_submission_numbers_are_those_of_the_index_column(tmp_path):
@@ -261,16 +232,13 @@ def test_an_index_is_a_whole_number_of_its_own(tmp_path, word):
         read_split(TASKS["rte"], "RTE", tmp_path)
 
 
-@pytest.mark.parametrize(
-    "name, text, sentences",
-    [
-        ("sst2", "It is good.\nsentence\n\n", (["It is good.", "sentence", ""], None)),
-        ("sst2", "\ufeffid\tsentence\r\n7\tgood\r\n", (["good"], None)),
-        ("sst2", "这部电影很好\n坏", (["这部电影很好", "坏"], None)),  # no spaces, yet no header
-        ("rte", "A cook.\tA man.\nB\tC\n", (["A cook.", "B"], ["A man.", "C"])),
-        ("rte", "label\tsentence2\tsentence1\n?\tB\tA", (["A"], ["B"])),
-    ],
-)
+@pytest.mark.parametrize("name, text, sentences", [
+    ("sst2", "It is good.\nsentence\n\n", (["It is good.", "sentence", ""], None)),
+    ("sst2", "\ufeffid\tsentence\r\n7\tgood\r\n", (["good"], None)),
+    ("sst2", "这部电影很好\n坏", (["这部电影很好", "坏"], None)),  # no spaces, yet no header
+    ("rte", "A cook.\tA man.\nB\tC\n", (["A cook.", "B"], ["A man.", "C"])),
+    ("rte", "label\tsentence2\tsentence1\n?\tB\tA", (["A"], ["B"])),
+])  # fmt: skip
 def test_ones_own_text(name, text, sentences):
     """One example a line, or a header whose columns are found by name."""
     assert glue_data.read_sentences(TASKS[name], text.encode(), "own.tsv") == sentences
@@ -299,16 +267,12 @@ def test_a_task_of_ones_own_over_a_folder_of_glue(monkeypatch):
     assert heading.split() == ["Model", "Avg", "one", "two"] and row.split() == ["Single", "70.0", "90.0", "50.0"]
 
 
-@pytest.mark.parametrize(
-    "labels, metrics, message",
-    [
-        (("a",), ("accuracy", "f1"), "f1 needs two labels; there are 1"),
-        (("a", "b", "c"), ("f1",), "f1 needs two labels; there are 3"),
-        ((), ("accuracy",), "expected some of ('pearson', 'spearman')"),
-        (("a", "b"), ("accuracy", "pearson"), "expected some of ('accuracy', 'f1', 'matthews')"),
-        (("a", "b"), "accuracy", "metrics are accuracy; expected some of"),
-    ],
-)
+@pytest.mark.parametrize("labels, metrics, message", [
+    (("a",), ("accuracy", "f1"), "f1 needs two labels; there are 1"),
+    ((), ("accuracy",), "expected some of ('pearson', 'spearman')"),
+    (("a", "b"), ("accuracy", "pearson"), "expected some of ('accuracy', 'f1', 'matthews')"),
+    (("a", "b"), "accuracy", "metrics are accuracy; expected some of"),
+])  # fmt: skip
 def test_metrics_suit_their_task(labels, metrics, message):
     with pytest.raises(DataError, match=re.escape(message)):
         glue_data.Task("own", "Own", ("text",), labels=labels, metrics=metrics)
@@ -340,6 +304,7 @@ def test_no_example_of_real_glue_is_lost(name):
 # ---------------------------------------------------------------------------------------------------------- tokenizing
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a b c ab ##a ##b ##c [ ] sep ς σ ο".split()
+LOWER, KEEP = {"do_lower_case": True}, {"normalizer": {"type": "BertNormalizer", "lowercase": False}}
 
 
 @pytest.fixture
@@ -378,59 +343,40 @@ def test_lowercasing_is_pythons(tokenizer):
         assert tokenizer(["bς " + text]) == tokenizer(["bς " + text.lower()])
 
 
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-LOWER, KEEP = {"do_lower_case": True}, {"normalizer": {"type": "BertNormalizer", "lowercase": False}}
-
-
-@pytest.mark.parametrize(
-    "tokens, files, text, expected",
-    [
-        ("<S> the cook", {}, "The cook", "the cook"),  # as in Google's Chinese vocabulary
-        ("URL a b c d e f g", {}, "A URL", "a [UNK]"),  # as somebody renames [unused0]
-        ("A a", {}, "a A", "a A"),
-        ("한 국 어 URL", {}, "한 국 어 URL", "한 국 어 URL"),
-        ("a A", {"tokenizer_config": LOWER}, "a A", "a a"),
-        ("é", {"tokenizer_config": {"do_lower_case": False}}, "é É", "é [UNK]"),
-        ("é", {"tokenizer_config": LOWER | {"strip_accents": False}}, "é É", "é é"),
-        ("苹果", {"tokenizer_config": {"tokenize_chinese_chars": False}}, "苹果", "苹果"),
-        ("a", {"tokenizer": KEEP}, "a A", "a [UNK]"),
-        ("a", {"tokenizer": KEEP, "tokenizer_config": LOWER | {"tokenizer_class": "BertTokenizerFast"}}, "a A", "a a"),
-    ],
-)
+@pytest.mark.parametrize("tokens, files, text, expected", [
+    ("<S> the cook", {}, "The cook", "the cook"),  # as in Google's Chinese vocabulary
+    ("URL a b c d e f g", {}, "A URL", "a [UNK]"),  # as somebody renames [unused0]
+    ("A a", {}, "a A", "a A"),
+    ("한 국 어 URL", {}, "한 국 어 URL", "한 국 어 URL"),
+    ("a A", {"tokenizer_config": LOWER}, "a A", "a a"),
+    ("é", {"tokenizer_config": {"do_lower_case": False}}, "é É", "é [UNK]"),
+    ("é", {"tokenizer_config": LOWER | {"strip_accents": False}}, "é É", "é é"),
+    ("苹果", {"tokenizer_config": {"tokenize_chinese_chars": False}}, "苹果", "苹果"),
+    ("a", {"tokenizer": KEEP}, "a A", "a [UNK]"),
+    ("a", {"tokenizer": KEEP, "tokenizer_config": LOWER | {"tokenizer_class": "BertTokenizerFast"}}, "a A", "a a"),
+])  # fmt: skip
 def test_settings_are_those_of_the_checkpoint(tmp_path, tokens, files, text, expected):
     """tokenizer_config.json's, else tokenizer.json's, else those that fit most of the vocabulary."""
-    tokenizer = Tokenizer(folder_of(tmp_path, [*SPECIAL, *tokens.split()], **files))
+    tokenizer = Tokenizer(folder_of(tmp_path, [*WORDS[:5], *tokens.split()], **files))
     assert tokens_of(tokenizer, text) == expected.split()
 
 
-@pytest.mark.parametrize(
-    "name, values, message",
-    [
-        ("tokenizer_config", {"tokenizer_class": "RobertaTokenizer"}, "tokenizer_class RobertaTokenizer; expected"),
-        ("tokenizer_config", {"tokenizer_class": "BertJapaneseTokenizer"}, "tokenizer_class BertJapanese"),
-        ("tokenizer_config", {"do_lower_case": "false"}, "do_lower_case is 'false'; expected true or false"),
-        ("tokenizer_config", [], "cannot be read .*; expected a JSON object"),
-        ("tokenizer", {"normalizer": {"type": "NFKC"}}, "normalizer NFKC; expected BertNormalizer alone"),
-    ],
-)
-def test_tokenizers_that_wordpiece_cannot_be(tmp_path, name, values, message):
-    folder = folder_of(tmp_path, WORDS, **{name: values})
-    with pytest.raises(DataError, match=f"{folder}/{name}.json: {message}"):
-        Tokenizer(folder)
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("[UNK]\n[CLS]\n[SEP]\na\na\n", "vocab.txt, line 5: 'a' stands on line 4"),
-        ("[UNK]\n[CLS]\na\n", r"vocab.txt: no \[SEP\] among 3"),
-        (None, "vocab.txt: cannot be read .*; expected a checkpoint's vocabulary, one token a line, or a tokenizer"),
-    ],
-)
-def test_bad_vocabularies(tmp_path, text, message):
-    if text:
-        (tmp_path / "vocab.txt").write_text(text)
-    with pytest.raises(DataError, match=message):
+@pytest.mark.parametrize("name, content, message", [
+    ("tokenizer_config.json", '{"tokenizer_class": "BertJapaneseTokenizer"}', "{}: tokenizer_class BertJapanese"),
+    ("tokenizer_config.json", '{"do_lower_case": "false"}', "{}: do_lower_case is 'false'; expected true or false"),
+    ("tokenizer_config.json", '{"do_lower_case": 1}', "its tokenizer's files are not BERT's"),
+    ("tokenizer_config.json", "[]", "{}: cannot be read .*; expected a JSON object"),
+    ("tokenizer.json", '{"normalizer": {"type": "NFKC"}}', "{}: normalizer NFKC; expected BertNormalizer alone"),
+    ("vocab.txt", "[UNK]\n[CLS]\n[SEP]\na\na\n", "{}, line 5: 'a' stands on line 4"),
+    ("vocab.txt", "[UNK]\n[CLS]\na\n", r"{}: no \[SEP\] among 3"),
+    ("vocab.txt", None, "{}: cannot be read .*; expected a checkpoint's vocabulary, one token a line, or a tokenizer"),
+])  # fmt: skip
+def test_tokenizers_that_wordpiece_cannot_be(tmp_path, name, content, message):
+    path = folder_of(tmp_path, WORDS) / name
+    path.unlink(missing_ok=True)
+    if content:
+        path.write_text(content)
+    with pytest.raises(DataError, match=f"{tmp_path}.*{message.format(name)}"):
         Tokenizer(tmp_path)
 
 
@@ -454,9 +400,6 @@ def test_the_fingerprint_changes_with_vocabulary_and_settings(tmp_path):
     assert len({Tokenizer(folder).fingerprint() for folder in folders}) == len(folders) == 5
 
 
-DIFFICULT = ["The [MASK] is a [SEP] cook[CLS]", "ΟΔΥΣΣΕΥΣ ΑΣ'. ΣΑΣ", "Äpfel é", "苹果 a", "a" * 150, "x \u200b", "İ ﬁ"]
-
-
 @pytest.mark.parametrize("cased", [False, True])
 @pytest.mark.parametrize("max_length", [128, 32, 15])
 def test_hugging_face_reads_a_saved_tokenizer_as_this_one(tmp_path, tokenizer, cased, max_length):
@@ -468,7 +411,8 @@ def test_hugging_face_reads_a_saved_tokenizer_as_this_one(tmp_path, tokenizer, c
     saved.save(tmp_path, max_length)
     ours, theirs = Tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert ours.fingerprint() == saved.fingerprint() and theirs.model_max_length == max_length
-    path, texts = REFERENCE / "05_nasty.json.gz", list(DIFFICULT)
+    texts = ["The [MASK] is a [SEP] cook[CLS]", "ΟΔΥΣΣΕΥΣ ΑΣ'. ΣΑΣ", "Äpfel é", "苹果 a", "a" * 150, "x \u200b", "İ ﬁ"]
+    path = REFERENCE / "05_nasty.json.gz"
     for example in json.loads(gzip.decompress(path.read_bytes()))["examples"] if path.exists() else []:
         texts += [example[side] for side in ("text_a", "text_b") if example[side]]
     for first, second in itertools.chain(((text, None) for text in texts), itertools.pairwise(texts)):
@@ -515,9 +459,6 @@ def test_symmetric_training_sets_hold_every_pair_twice(tmp_path, tokenizer):
     assert np.diff(some.offsets).tolist() == lengths[[0, 2, 4, 5, 7, 9]].tolist()
 
 
-REFERENCE_NAMES = {"sst": "sst2", "sts": "stsb"}
-
-
 @recorded
 @real_glue
 @real_checkpoint
@@ -528,7 +469,7 @@ def test_features_of_real_glue_are_the_originals():
     tokenizer, read, count = Tokenizer(MINILM), functools.cache(read_split), 0
     for key in meta["sets"]:
         name, split, max_length = key.split("/")
-        task = TASKS[REFERENCE_NAMES.get(name, name)]
+        task = TASKS[{"sst": "sst2", "sts": "stsb"}.get(name, name)]
         whole = read(task, split, GLUE)
         pairs = list(zip(whole.first, whole.second or [None] * len(whole.first), strict=True))
         pairs += [(b, a) for a, b in pairs]
@@ -639,22 +580,6 @@ def test_schedule_passes_are_permutations_and_tasks_follow_the_exponent():
     assert not np.array_equal(schedule, sample_schedule(sizes, 2000, 32, 0.75, seed=4))
 
 
-@recorded
-def test_sampling_gives_each_task_the_originals_mass():
-    """The original copies small sets and weights their losses; copies × weight × size is ∝ size^exponent, as here."""
-    sizes = {"cola": 8551, "mnli": 392702, "mrpc": 7336, "qnli": 108436, "qqp": 363869, "sst": 67349, "sts": 11498}
-    sizes["rte"] = 2490
-    cases = json.loads((REFERENCE / "01_task_weighting.json").read_text())["multiples_and_weights"]
-    for case in cases:
-        exponent = case["task_weight_exponent"]
-        if 0 <= exponent <= 1 and "weights" in case:
-            original = np.array(
-                [case["multiples"][name] * case["weights"][name] * size for name, size in sizes.items()]
-            )
-            ours = np.array(list(sizes.values())) ** exponent
-            np.testing.assert_allclose(original / original.sum(), ours / ours.sum(), rtol=1e-9)
-
-
 # ------------------------------------------------------------------------------------------------------------- metrics
 
 
@@ -662,16 +587,12 @@ def test_sampling_gives_each_task_the_originals_mass():
 def test_metrics_are_those_of_scikit_learn_and_scipy():
     """26 recorded cases: random, perfect, constant, tied. (The original's own F1 counts predictions as gold.)"""
     for case in json.loads((REFERENCE / "06_metrics.json").read_text())["cases"]:
-        true, predicted = np.array(case["true"]), np.array(case["pred"])
-        if case["kind"] == "regression":
-            true, predicted = true.astype(case["dtype"]), predicted.astype(case["dtype"])
-        names = {"mcc": "matthews", "accuracy": "accuracy", "f1": "f1", "pearson": "pearson", "spearman": "spearman"}
-        if case["tag"] == "3-class":
-            del names["f1"]  # refused there
-        for theirs, ours in names.items():
-            if theirs in case["truth"] and len(true) > 1:
-                found = 100 * float(glue_data.METRICS[ours](true, predicted))
-                assert found == pytest.approx(float(case["truth"][theirs]), abs=1e-5, nan_ok=True), (case["tag"], ours)
+        true, predicted = (np.array(case[side], case.get("dtype")) for side in ("true", "pred"))
+        for theirs, percent in case["truth"].items():
+            metric = glue_data.METRICS.get(theirs.replace("mcc", "matthews"))  # it has losses too
+            if metric and len(true) > 1:
+                found = 100 * float(metric(true, predicted))
+                assert found == pytest.approx(float(percent), abs=1e-5, nan_ok=True), (case["tag"], theirs)
 
 
 def test_metrics_by_hand():
@@ -690,16 +611,14 @@ def test_metrics_by_hand():
     assert glue_data.spearman(a, b) == pytest.approx(0.7631578947368421)
 
 
-@pytest.mark.parametrize(
-    "a, b, p",  # scipy.stats.mannwhitneyu(a, b).pvalue: exact, exact and one-sided extreme, ties, large
-    [
-        ([85.2, 84.9, 85.5, 85.1], [84.0, 84.3, 85.0, 83.9], 0.05714285714285714),
-        ([5, 6, 7, 8, 9.5], [1, 2, 3, 4, 4.5], 0.007936507936507936),
-        ([1, 2, 2, 3], [2, 4, 5, 5], 0.10159149986165274),
-        (list(range(0, 40, 2)), list(range(7, 47, 2)), 0.08585487995041037),
-        ([1, 1], [1, 1], 1.0),
-    ],
-)
+@pytest.mark.parametrize("a, b, p", [
+    # scipy.stats.mannwhitneyu(a, b).pvalue: exact, exact and one-sided extreme, ties, large
+    ([85.2, 84.9, 85.5, 85.1], [84.0, 84.3, 85.0, 83.9], 0.05714285714285714),
+    ([5, 6, 7, 8, 9.5], [1, 2, 3, 4, 4.5], 0.007936507936507936),
+    ([1, 2, 2, 3], [2, 4, 5, 5], 0.10159149986165274),
+    (list(range(0, 40, 2)), list(range(7, 47, 2)), 0.08585487995041037),
+    ([1, 1], [1, 1], 1.0),
+])  # fmt: skip
 def test_mann_whitney_is_scipys(a, b, p):
     assert glue_data.mann_whitney_p(a, b) == pytest.approx(p, rel=1e-9)
     assert glue_data.mann_whitney_p(b, a) == pytest.approx(p, rel=1e-9)
@@ -708,10 +627,8 @@ def test_mann_whitney_is_scipys(a, b, p):
 def test_scores_are_percent_with_the_papers_metric_first():
     logits, labels = np.array([[2.0, 1], [0, 3], [5, 1]]), np.array([[1.0, 0], [1, 0], [1, 0]])
     assert glue_data.score(TASKS["mrpc"], logits, labels) == {"accuracy": pytest.approx(200 / 3), "f1": 0.0}
-    assert list(glue_data.score(TASKS["stsb"], np.array([[0.1], [0.2]]), np.array([[0.0], [1]]))) == [
-        "spearman",
-        "pearson",
-    ]
+    score = glue_data.score(TASKS["stsb"], np.array([[0.1], [0.2]]), np.array([[0.0], [1]]))
+    assert list(score) == ["spearman", "pearson"]
 
 
 def test_submission_is_what_the_leaderboard_accepts(tmp_path):
@@ -750,12 +667,9 @@ def test_encoder_and_its_gradients_are_the_originals(inputs, device, upload):
     pooled = torch.tanh(model.pooler(outputs[-1]))[: len(lengths)].cpu()
     np.testing.assert_allclose(pooled.detach(), arrays[f"{inputs}/pooled_output"], atol=1e-4)
     (pooled * torch.tensor(arrays[f"{inputs}/R"])).sum().backward()
-    expected = {name: as_ours(name, arrays[f"{inputs}/grad/{tensorflow_name(name)}"]) for name in encoder_names(model)}
+    names = [name for name in bert.public_tensors(model) if not name.startswith("heads.")]
+    expected = {name: as_ours(name, arrays[f"{inputs}/grad/{tensorflow_name(name)}"]) for name in names}
     assert_gradients(gradients(model), expected, 2e-4)
-
-
-def encoder_names(model):
-    return [name for name in bert.public_tensors(model) if not name.startswith("heads.")]
 
 
 def assert_gradients(found, expected, bound):
@@ -771,19 +685,14 @@ def test_layer_is_pytorchs_own_encoder_layer():
     the last layer on [CLS] alone is the whole layer's [CLS]."""
     ours = tiny_model().layers[0]
     theirs = nn.TransformerEncoderLayer(16, 4, 32, 0.0, "gelu", 1e-12, batch_first=True)
-    pairs = [
-        (theirs.self_attn.in_proj_weight, ours.qkv.weight), (theirs.self_attn.in_proj_bias, ours.qkv.bias),
-        (theirs.self_attn.out_proj.weight, ours.attention_out.weight), (theirs.self_attn.out_proj.bias, ours.attention_out.bias),
-        (theirs.linear1.weight, ours.ffn_in.weight), (theirs.linear1.bias, ours.ffn_in.bias),
-        (theirs.linear2.weight, ours.ffn_out.weight), (theirs.linear2.bias, ours.ffn_out.bias),
-        (theirs.norm1.weight, ours.attention_norm.weight), (theirs.norm1.bias, ours.attention_norm.bias),
-        (theirs.norm2.weight, ours.ffn_norm.weight), (theirs.norm2.bias, ours.ffn_norm.bias),
-    ]  # fmt: skip
-    for mine, other in pairs:
+    modules = ours.qkv, ours.attention_out, ours.ffn_in, ours.ffn_out, ours.attention_norm, ours.ffn_norm
+    mine = [parameter for module in modules for parameter in module.parameters()]  # in the order of theirs
+    pairs = list(zip(mine, theirs.parameters(), strict=True))
+    for own, other in pairs:
         nn.init.normal_(other, std=0.3)
-        mine.data = other.detach().clone()
+        own.data = other.detach().clone()
     x = torch.randn(sum(LENGTHS), 16, requires_grad=True)
-    layout = buckets(LENGTHS)
+    layout = ops.Buckets(starts_of(LENGTHS))
     y = torch.randn(sum(LENGTHS), 16)
     output = ours(x, layout)
     (output * y).sum().backward()
@@ -792,13 +701,9 @@ def test_layer_is_pytorchs_own_encoder_layer():
     (alone * y).sum().backward()
     torch.testing.assert_close(output, alone, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(x.grad, x_alone.grad, atol=1e-4, rtol=1e-4)
-    for mine, other in pairs:
-        torch.testing.assert_close(mine.grad, other.grad, atol=2e-4, rtol=1e-4)
+    for own, other in pairs:
+        torch.testing.assert_close(own.grad, other.grad, atol=2e-4, rtol=1e-4)
     torch.testing.assert_close(ours(x, layout, only_cls=True), output[layout.cls])
-
-
-def buckets(lengths):
-    return ops.Buckets(starts_of(lengths))
 
 
 def attention_inputs(only_cls, lengths=LENGTHS):
@@ -818,7 +723,7 @@ def test_attention_in_bfloat16_stays_near_float32():
         results = []
         for tensors in (half, full):
             torch.manual_seed(0)
-            out = buckets(LENGTHS).attention(tensors[0], 2, 0.1, *tensors[1:])
+            out = ops.Buckets(starts_of(LENGTHS)).attention(tensors[0], 2, 0.1, *tensors[1:])
             results.append((out, *torch.autograd.grad(out.sum(), tensors)))
         for near, right in zip(*results, strict=True):
             assert near.dtype == torch.bfloat16 and (near - right).abs().max() <= 0.02 * right.abs().max()
@@ -843,8 +748,8 @@ def test_a_sequence_does_not_see_its_companions(device, upload):
 
 
 def test_dropout_stands_where_the_original_has_it(monkeypatch):
-    """Embeddings, attention probabilities, both sub-layer outputs and the pooled output, at the recorded places' rates
-    (the original drops the pooled output once for each head; here each example has one head, and one mask)."""
+    """Embeddings, attention probabilities, both sub-layer outputs and the pooled output, each with its rate (the
+    original drops the pooled output once for each head; here each example has one head, and one mask)."""
     calls = []
     mask = ops.dropout_mask
     monkeypatch.setattr(ops, "dropout_mask", lambda x, p: calls.append((tuple(x.shape), p)) or mask(x, p))
@@ -856,9 +761,6 @@ def test_dropout_stands_where_the_original_has_it(monkeypatch):
         ((6, 4, 1, 12), 0.2), ((6, 16), 0.1), ((6, 16), 0.1),  # the last layer, of which [CLS] alone is read
         ((6, 16), 0.1),
     ]  # fmt: skip
-    if REFERENCE.is_dir():
-        recorded_calls = json.loads((REFERENCE / "03_dropout_inventory.json").read_text())["calls"]
-        assert len(recorded_calls) == len(calls) + 1 and all(call["keep_prob"] == 0.9 for call in recorded_calls)
 
 
 def test_dropout_keeps_rate_scale_and_independence():
@@ -900,7 +802,7 @@ def test_word_gradients_are_added_row_by_row():
 def test_depths_are_the_originals():
     model = tiny_model()
     expected = {"word_embeddings.weight": 0, "embeddings_norm.bias": 0, "layers.0.qkv.weight": 1, "layers.2.ffn_norm.bias": 3,
-                "pooler.bias": 4, "head.weight": 5}  # fmt: skip
+                "embeddings_project.weight": 0, "pooler.bias": 4, "head.weight": 5}  # fmt: skip
     assert {name: model.depth(name) for name in expected} == expected
 
 
@@ -970,20 +872,16 @@ def test_compiled_operations_drop_out(device, monkeypatch):
 
 def test_a_model_that_cannot_compile_trains_without(tmp_path, capsys, monkeypatch):
     """One line says why, and the model goes on uncompiled; running out of memory is not such a reason."""
-
-    def fail(*_):
-        raise RuntimeError("no compiler here\nand more")
-
     monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: None)
     with Run(tmp_path, "cpu", "float32") as run:
         model = tiny_model()
         run.compile = True
-        run.compile_encoder(model, fail)
+        run.compile_encoder(model, Mock(side_effect=RuntimeError("no compiler here\nand more")))
         assert model.compiled is None and not run.compile
         assert capsys.readouterr().out.splitlines()[-1] == "cannot compile (RuntimeError: no compiler here): continuing uncompiled"
         run.compile = True
         with pytest.raises(torch.OutOfMemoryError):
-            run.compile_encoder(model, lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+            run.compile_encoder(model, Mock(side_effect=torch.OutOfMemoryError("full")))
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
@@ -991,12 +889,9 @@ def test_a_model_that_cannot_compile_trains_without(tmp_path, capsys, monkeypatc
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A folder with a tiny BERT and a vocabulary that fits it."""
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    save_pretrained(tiny_model(), folder)
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]"] + [f"w{i}" for i in range(56)]))
-    return folder
+    """A folder with a tiny BERT."""
+    save_pretrained(tiny_model(), tmp_path)
+    return tmp_path
 
 
 def rewrite(folder, change):
@@ -1017,34 +912,31 @@ def test_save_and_load_are_inverse(checkpoint):
 
 
 def bare(tensors):
-    """A file as MiniLM's: no prefix, a constant stored; and as BERT's first: gamma and beta, a pre-training head."""
+    """A file as MiniLM's: no prefix, a constant stored; `old`: as BERT's first, gamma and beta, a pre-training head."""
     names = {name.removeprefix("bert."): tensor for name, tensor in tensors.items() if name.startswith("bert.")}
     return names | {"embeddings.position_ids": torch.arange(40)[None]}
 
 
 def old(tensors):
     turn = lambda name: name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
-    names = {turn(name): tensor for name, tensor in tensors.items() if name.startswith("bert.")}
+    names = {turn(name): tensor.bfloat16() for name, tensor in tensors.items() if name.startswith("bert.")}
     return names | {"cls.predictions.bias": torch.zeros(60)}
 
 
-def half(tensors):
-    return {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
-
-
-@pytest.mark.parametrize("change", [bare, old, half])
+@pytest.mark.parametrize("change", [bare, old])
 def test_public_layouts_load(checkpoint, change):
     rewrite(checkpoint, change)
     torch.manual_seed(1)
     loaded, model = load_pretrained(checkpoint, {"rte": 2, "mnli": 3, "stsb": 1}), tiny_model()
     for (name, a), b in zip(loaded.named_parameters(), model.parameters(), strict=True):
         if not name.startswith("head"):
-            torch.testing.assert_close(a, b, atol=0.01 if change is half else 0, rtol=0)
+            torch.testing.assert_close(a, b, atol=0.01 if change is old else 0, rtol=0)
     assert (loaded.head.weight != 0).any() and not loaded.head.bias.any()
 
 
 def test_pytorch_model_bin_loads_and_never_runs_code(checkpoint, tmp_path):
-    torch.save(bert.read_safetensors(checkpoint / "model.safetensors"), checkpoint / "pytorch_model.bin")
+    path = checkpoint / "pytorch_model.bin"
+    torch.save(bert.read_safetensors(checkpoint / "model.safetensors"), path)
     (checkpoint / "model.safetensors").unlink()
     assert torch.equal(load_pretrained(checkpoint).pooler.weight, tiny_model().pooler.weight)
 
@@ -1052,31 +944,20 @@ def test_pytorch_model_bin_loads_and_never_runs_code(checkpoint, tmp_path):
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/owned",)
 
-    torch.save({"bert.pooler.dense.weight": Attack()}, checkpoint / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="pytorch_model.bin: cannot be read"):
-        load_pretrained(checkpoint)
-    for data in (pickle.dumps(Attack()), b"", b"text", pickle.dumps([1])):
-        (checkpoint / "pytorch_model.bin").write_bytes(data)
+    torch.save({"bert.pooler.dense.weight": Attack()}, path)
+    for data in (path.read_bytes(), b"", b"text", pickle.dumps([1])):
+        path.write_bytes(data)
         with pytest.raises(CheckpointError, match="pytorch_model.bin: cannot be read"):
             load_pretrained(checkpoint)
     assert not (tmp_path / "owned").exists()
 
 
-POOLER = "bert.pooler.dense.weight"
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda t: {n: v for n, v in t.items() if n != POOLER}, f"no tensor '{POOLER}'; expected one of shape"),
-        (lambda t: t | {POOLER: torch.zeros(16, 8)}, rf"'{POOLER}' has shape \[16, 8\]; expected \[16, 16\]"),
-        (
-            lambda t: t | {"bert.encoder.layer.3.output.dense.bias": torch.zeros(16)},
-            "layer.3.output.dense.bias' .* no place",
-        ),
-        (lambda t: {n: v for n, v in t.items() if "heads" not in n}, "no tensor 'heads.TASK.bias'"),
-    ],
-)
+@pytest.mark.parametrize("change, message", [
+    (lambda t: {n: v for n, v in t.items() if n != POOLER}, f"no tensor '{POOLER}'; expected one of shape"),
+    (lambda t: t | {POOLER: torch.zeros(16, 8)}, rf"'{POOLER}' has shape \[16, 8\]; expected \[16, 16\]"),
+    (lambda t: t | {"bert.encoder.layer.3.output.dense.bias": torch.zeros(16)}, "layer.3.output.* no place"),
+    (lambda t: {n: v for n, v in t.items() if "heads" not in n}, "no tensor 'heads.TASK.bias'"),
+])  # fmt: skip
 def test_bad_tensors_are_named(checkpoint, change, message):
     rewrite(checkpoint, change)
     with pytest.raises(CheckpointError, match=message):
@@ -1105,24 +986,12 @@ def test_broken_safetensors_are_refused(checkpoint):
     """Cut off anywhere, or with a header that is not one: a message that names the file."""
     path = checkpoint / "model.safetensors"
     whole = path.read_bytes()
-    length = int.from_bytes(whole[:8], "little")
-    header = json.loads(whole[8 : 8 + length])
-    del header["__metadata__"]  # what a stated sha256 finds is another test's
-    first = next(iter(header))
-
-    def with_text(text):
-        return len(text).to_bytes(8, "little") + text.encode() + whole[8 + length :]
-
-    changes = [{"dtype": "F99"}, {"shape": [3, 3]}, {"shape": None}, {"data_offsets": [8, 8]}, {"data_offsets": [0]}]
-    headers = [json.dumps(header | {first: header[first] | change}) for change in changes] + ["[" * 9999, "[]", "5"]
-    cases = [with_text(text) for text in headers] + [whole[:-1], whole[:5], whole[: length // 2], b""]
-    for data in [*cases, (2**40).to_bytes(8, "little") + whole[8:], whole[:9] + b"!" + whole[10:]]:
+    headers = [len(text).to_bytes(8, "little") + text for text in (b"[" * 9999, b"[]", b"5", b'{"a": {"dtype": []}}')]
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+    for data in [whole[:-1], whole[:99], whole[:5], b"", pointer, *headers]:
         path.write_bytes(data)
-        with pytest.raises(CheckpointError, match="model.safetensors: is cut off or not safetensors"):
+        with pytest.raises(CheckpointError, match="model.safetensors: is cut off or not .* no Git LFS pointer"):
             load_pretrained(checkpoint)
-    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    with pytest.raises(CheckpointError, match="expected tensors, and no Git LFS pointer"):
-        load_pretrained(checkpoint)
 
 
 def test_weights_spread_over_files_load(checkpoint):
@@ -1171,22 +1040,17 @@ def test_folders_that_are_no_checkpoint(checkpoint, tmp_path):
         load_pretrained(checkpoint, {"rte": 2})
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"model_type": "roberta"}, "model_type is 'roberta'; expected 'bert' or 'electra'"),
-        ({"hidden_act": "relu"}, "hidden_act is 'relu'; expected 'gelu'"),
-        ({"hidden_size": None}, "hidden_size is None; expected a whole number from 0"),
-        ({"hidden_dropout_prob": "0.1"}, "hidden_dropout_prob is '0.1'; expected a number from 0 to below 1"),
-        ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob is 1.0"),
-        ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
-        ({"num_attention_heads": 3}, "3 heads do not divide hidden_size 16"),
-        ({"num_attention_heads": 0}, "is not BERT's configuration: .* by zero"),
-        ({"type_vocab_size": 1}, "type_vocab_size is 1; expected 2, for pairs of sentences"),
-        ({"vocab_size": 2**20}, "has shape"),
-        ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
-    ],
-)
+@pytest.mark.parametrize("change, message", [
+    ({"model_type": "roberta"}, "model_type is 'roberta'; expected 'bert' or 'electra'"),
+    ({"hidden_act": "relu"}, "hidden_act is 'relu'; expected 'gelu'"),
+    ({"hidden_size": None}, "hidden_size is None; expected a whole number from 0"),
+    ({"hidden_dropout_prob": "0.1"}, "hidden_dropout_prob is '0.1'; expected a number from 0 to below 1"),
+    ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob is 1.0"),
+    ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
+    ({"num_attention_heads": 3}, "3 heads do not divide hidden_size 16"),
+    ({"num_attention_heads": 0}, "is not BERT's configuration: .* by zero"),
+    ({"type_vocab_size": 1}, "type_vocab_size is 1; expected 2, for pairs of sentences"),
+])  # fmt: skip
 def test_configurations_that_are_not_berts(checkpoint, change, message):
     values = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(values | change))
@@ -1203,28 +1067,12 @@ SMALL = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_atten
          "intermediate_size": 128, "max_position_embeddings": 40}  # fmt: skip
 SHAPES = {
     "bert-uncased": ("BertForPreTraining", {}),
-    "bert-cased": ("BertForPreTraining", {"vocab_size": 53}),
     "bert-tiny": ("BertModel", {"hidden_size": 16, "intermediate_size": 64}),
     "bert-large": ("BertForPreTraining", {"hidden_size": 64, "num_hidden_layers": 24, "num_attention_heads": 16}),
-    "minilm": ("BertModel", {"hidden_size": 48, "num_hidden_layers": 6, "num_attention_heads": 12,
-                             "intermediate_size": 192}),
     "electra-small": ("ElectraForPreTraining", {"embedding_size": 16, "num_attention_heads": 4}),
     "electra-base": ("ElectraForPreTraining", {"embedding_size": 32}),
     "electra-bare": ("ElectraModel", {"embedding_size": 16}),
 }  # fmt: skip
-
-
-def hugging_face(folder, name, **shape):
-    """A saved model of Hugging Face's class `name`: random weights, no gain 1, no bias 0, all so small that 24 layers
-    do not make all tokens alike, where the gradients of queries and keys would be rounding alone."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(3)
-    kind = getattr(transformers, name)
-    model = kind(kind.config_class(**(SMALL | shape))).eval()
-    for parameter in model.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-    return model
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -1232,7 +1080,13 @@ def test_encoders_and_their_gradients_are_hugging_faces(tmp_path, shape):
     """[CLS] of the last layer and what the heads read, BERT's pooled output and ELECTRA's [CLS], and every gradient, by
     its tensor's largest: within 1e-5."""
     name, changes = SHAPES[shape]
-    theirs = hugging_face(tmp_path, name, **changes).base_model
+    kind = getattr(pytest.importorskip("transformers"), name)
+    torch.manual_seed(3)
+    theirs = kind(kind.config_class(**(SMALL | changes))).eval()
+    for parameter in theirs.parameters():  # no gain 1, no bias 0, and so small that 24 layers do not make all tokens
+        parameter.data += 0.05 * torch.randn_like(parameter)  # alike: then q's and k's gradients would be rounding
+    theirs.save_pretrained(tmp_path)
+    theirs = theirs.base_model
     hidden, electra = theirs.config.hidden_size, shape.startswith("electra")
     model = load_pretrained(tmp_path, {"rte": hidden}).eval()
     nn.init.eye_(model.head.weight)  # the logits are what the heads read
@@ -1250,7 +1104,6 @@ def test_encoders_and_their_gradients_are_hugging_faces(tmp_path, shape):
     (read * direction).sum().backward()
     (expected * direction).sum().backward()
     expected = {f"{model.config.model_type}.{name}": parameter.grad for name, parameter in theirs.named_parameters()}
-    assert expected.keys() == set(encoder_names(model))
     assert_gradients(gradients(model), expected, 1e-5)
 
 
@@ -1267,7 +1120,6 @@ def test_electra_saves_trains_and_exports(tmp_path, size):
     assert {name.split(".")[0] for name in names} == {"electra", "heads"}
     assert not any("pooler" in name for name in names)
     assert ("electra.embeddings_project.weight" in names) == (size != 16)
-    assert [model.depth(f"{name}.weight") for name in ("embeddings_project", "layers.2.qkv", "head")] == [0, 3, 5]
     batch = random_batch(TINY, LENGTHS)
     model(batch).square().sum().backward()
     assert all(parameter.grad.any() for parameter in model.parameters())
@@ -1317,40 +1169,27 @@ def losses_of(task, logits, labels, teacher, weight):
     return distillation_loss(logits, labels, teacher, own, regression, torch.tensor(weight))
 
 
-COPIED_LOSSES = [  # task, logits, labels, teacher, λ, losses
-    (
-        'rte', [[0.29590115, -0.26100755], [-0.86771387, 1.81143785], [0.11165375, -1.30822933]],
-        [[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]],
-        [[2.42715931, 2.36014032], [-2.14194942, 3.35645533], [-1.36047196, -2.47995305]],
-        0.25, [0.65481561, 0.7443487, 0.47859836],
-    ),
-    (
-        'mnli', [[-0.28167826, 0.31278923, 0.9089278], [-1.40756035, 0.87529564, 0.76040971], [-0.91685486, -0.18432039, 1.13347995]],
-        [[0.0, 0.0, 1.0], [0.0, 0.0, 1.0], [0.0, 1.0, 0.0]],
-        [[-0.57121998, 0.12739529, -3.11086774], [-0.5041455, -1.834167, 0.27347121], [3.35433078, -0.13564554, -0.4003478]],
-        0.25, [1.19785213, 1.27069962, 2.1510551],
-    ),
-    (
-        'sts', [[1.63704157], [-0.51508343], [0.0550344]],
-        [[0.92000002], [0.16], [0.44]],
-        [[0.24363594], [0.64016175], [0.31856385]],
-        0.25, [1.49894643, 1.07164896, 0.08637045],
-    ),
+COPIED_LOSSES = [  # task, logits, labels, teacher's logits, losses at λ = 0.25
+    ("rte", [[0.29590115, -0.26100755], [-0.86771387, 1.81143785], [0.11165375, -1.30822933]],
+     [[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]],
+     [[2.42715931, 2.36014032], [-2.14194942, 3.35645533], [-1.36047196, -2.47995305]],
+     [0.65481561, 0.7443487, 0.47859836]),
+    ("mnli", [[-0.28167826, 0.31278923, 0.9089278], [-1.40756035, 0.87529564, 0.76040971],
+              [-0.91685486, -0.18432039, 1.13347995]],
+     [[0.0, 0.0, 1.0], [0.0, 0.0, 1.0], [0.0, 1.0, 0.0]],
+     [[-0.57121998, 0.12739529, -3.11086774], [-0.5041455, -1.834167, 0.27347121],
+      [3.35433078, -0.13564554, -0.4003478]],
+     [1.19785213, 1.27069962, 2.1510551]),
+    ("sts", [[1.63704157], [-0.51508343], [0.0550344]], [[0.92000002], [0.16], [0.44]],
+     [[0.24363594], [0.64016175], [0.31856385]], [1.49894643, 1.07164896, 0.08637045]),
 ]  # fmt: skip
 
 
 def test_losses_are_the_originals_copied_figures():
     """Three recorded examples of each kind (03_task_losses: cases 2, 16 and 30)."""
-    for task, logits, labels, teacher, weight, expected in COPIED_LOSSES:
-        found = losses_of(task, torch.tensor(logits), torch.tensor(labels), torch.tensor(teacher), weight)
+    for task, logits, labels, teacher, expected in COPIED_LOSSES:
+        found = losses_of(task, torch.tensor(logits), torch.tensor(labels), torch.tensor(teacher), 0.25)
         np.testing.assert_allclose(found, expected, rtol=5e-6)
-
-
-def weight_of(case):
-    """λ in a recorded case."""
-    if not case["distill"]:
-        return 1.0
-    return annealing_weight(case["percent_done"], 1, None if case["teacher_annealing"] else 1 - case["distill_weight"])
 
 
 @recorded
@@ -1364,7 +1203,8 @@ def test_losses_and_their_gradients_are_the_originals():
         if k > 1:
             labels = torch.eye(k)[labels.long()]
         labels, teacher = labels.float().view(-1, k), teacher.view(-1, k)
-        weight = weight_of(case)
+        constant = None if case["teacher_annealing"] else 1 - case["distill_weight"]
+        weight = annealing_weight(case["percent_done"], 1, constant) if case["distill"] else 1.0
         logits = (pooled @ kernel + bias).requires_grad_()
         losses = losses_of(case["task"], logits, labels, teacher, weight)
         np.testing.assert_allclose(losses.detach(), arrays[f"{key}/losses"], rtol=5e-6, atol=1e-6)
@@ -1373,12 +1213,13 @@ def test_losses_and_their_gradients_are_the_originals():
         np.testing.assert_allclose(gradient, expected, atol=2e-6 * max(1, abs(expected).max()))
 
 
-def recorded_features(features, tasks, weights, device="cpu"):
+def recorded_features(features, run, device):
     """A recorded batch, padding rows left out: the model's arguments, and what its logits are held against."""
+    tasks, weights = run["task_names"], run["task_weights"]
     keep = features["task_id"] < len(tasks)
     lengths = features["input_mask"].sum(1)[keep]
     batch = packed(features["input_ids"][keep], features["segment_ids"][keep], lengths, device)
-    task_ids, outputs = features["task_id"][keep], {"rte": 2, "mnli": 3, "sts": 1, "cola": 2}
+    task_ids, outputs = features["task_id"][keep], {"rte": 2, "mnli": 3, "sts": 1}
     owner = np.repeat(np.arange(len(tasks)), [outputs[name] for name in tasks])
     labels, teacher = np.zeros((2, keep.sum(), len(owner)), np.float32)
     for row, (place, task) in enumerate(zip(np.flatnonzero(keep), task_ids, strict=True)):
@@ -1392,28 +1233,6 @@ def recorded_features(features, tasks, weights, device="cpu"):
     regression = [tasks[task] == "sts" for task in task_ids]
     task_weights = [weights[tasks[task]] for task in task_ids]
     return batch, *(torch.tensor(x, device=device) for x in (labels, teacher, own, regression, task_weights))
-
-
-@recorded
-def test_loss_of_a_mixed_batch_and_its_gradients_are_the_originals():
-    """Four tasks in one batch, padding rows among them; loss 5e-6 relative, gradients 2e-4 of each tensor's largest."""
-    arrays, meta = reference("03_multitask_loss.npz")
-    features = {key.removeprefix("features/"): arrays[key] for key in arrays if key.startswith("features/")}
-    for case in meta["cases"]:
-        model = MultiTaskBert(
-            config_of(meta["bert_config"]), {name: meta["n_out"][name] for name in meta["task_names"]}
-        ).eval()
-        load_recorded(model, arrays, "weights/")
-        batch, labels, teacher, own, regression, weights = recorded_features(
-            features, meta["task_names"], meta["task_weights"]
-        )
-        weight = torch.tensor(weight_of(case))
-        loss = (distillation_loss(model(batch), labels, teacher, own, regression, weight) * weights).sum()
-        assert loss.item() == pytest.approx(float(arrays[f"{case['key']}/total_loss"]), rel=5e-6)
-        loss.backward()
-        names = bert.public_tensors(model)
-        expected = {name: as_ours(name, arrays[f"{case['key']}/grad/{tensorflow_name(name)}"]) for name in names}
-        assert_gradients(gradients(model), expected, 2e-4)
 
 
 def test_the_head_of_an_absent_task_gets_the_zero_gradient():
@@ -1460,9 +1279,6 @@ def adam_of(model, scenario):
     ))  # fmt: skip
 
 
-ADAM_CONFIG = BertConfig(7, 4, 2, 1, 6, max_position_embeddings=4)
-
-
 @recorded
 @pytest.mark.parametrize(
     "scenario", ["clip_active", "clip_inactive", "mixed", "no_lr_decay", "no_warmup", "no_weight_decay", "past_end"]
@@ -1472,9 +1288,8 @@ def test_adam_is_the_originals(scenario):
     arrays, meta = reference("02_adamw_trajectory.npz")
     values = meta["scenarios"][scenario]
     model = MultiTaskBert(ADAM_CONFIG, {"rte": 2, "sts": 1})
-    load_recorded(
-        model, {key.removesuffix("|init"): arrays[key] for key in arrays if key.endswith("|init")}, f"{scenario}/"
-    )
+    initial = {key.removesuffix("|init"): arrays[key] for key in arrays if key.endswith("|init")}
+    load_recorded(model, initial, f"{scenario}/")
     optimizer = adam_of(model, values)
     recorded_names = {name: f"{scenario}/{tensorflow_name(name)}" for name in bert.public_tensors(model)}
     recorded_names = {name: key for name, key in recorded_names.items() if f"{key}|grads" in arrays}
@@ -1491,16 +1306,12 @@ def test_adam_is_the_originals(scenario):
                 np.testing.assert_allclose(tensor, expected, rtol=0, atol=1e-6, err_msg=f"{name}, step {step}")
 
 
-COPIED_GRADIENTS = [
-    [0.000714510505, 0.00143960479, -0.000899650331, 0.0011328517],
-    [0.00166239194, 0.000224063784, -0.00411119498, -0.000247700431],
-    [5.20700405e-06, 0.00168033433, -0.000359779428, 0.00165999122],
-]
-COPIED_VALUES = [
-    [0.338482559, 0.200677425, 0.196336776, 0.270576447],
-    [0.325270504, 0.189904094, 0.208563849, 0.263734221],
-    [0.301416188, 0.161391199, 0.232285142, 0.23957096],
-]
+COPIED_GRADIENTS = [[0.000714510505, 0.00143960479, -0.000899650331, 0.0011328517],
+                    [0.00166239194, 0.000224063784, -0.00411119498, -0.000247700431],
+                    [5.20700405e-06, 0.00168033433, -0.000359779428, 0.00165999122]]  # fmt: skip
+COPIED_VALUES = [[0.338482559, 0.200677425, 0.196336776, 0.270576447],
+                 [0.325270504, 0.189904094, 0.208563849, 0.263734221],
+                 [0.301416188, 0.161391199, 0.232285142, 0.23957096]]  # fmt: skip
 
 
 def test_adam_is_the_originals_copied_figures():
@@ -1530,9 +1341,7 @@ def test_ten_steps_of_training_are_the_originals(bfloat16, device):
     optimizer = adam_of(model, run)
     for step in range(run["num_train_steps"]):
         features = {key.removeprefix("batches/"): arrays[key][step] for key in arrays if key.startswith("batches/")}
-        batch, labels, teacher, own, regression, weights = recorded_features(
-            features, run["task_names"], run["task_weights"], device
-        )
+        batch, labels, teacher, own, regression, weights = recorded_features(features, run, device)
         weight = torch.tensor(annealing_weight(step, run["num_train_steps"]), device=device)
         losses = distillation_loss(model(batch, bfloat16), labels, teacher, own, regression, weight)
         loss = (losses * weights).sum()
@@ -1556,6 +1365,8 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
 EXACT = ["--device", "cpu", "--precision", "float32"]
 QUICK = ["--demo", "--task", "rte,stsb,mnli", "--limit", "150", "--epochs", "1", "--batch-size", "16,32", *EXACT]
 RESULTS = ["results.json", *(f"trial-1/**/{name}" for name in ("*.safetensors", "metrics.jsonl", "*.tsv", "*.zip"))]
+SHORT = "--limit 16 --epochs 1 --gold-weight none --batch-size 8 --max-length 48 --device cpu".split()
+TOGETHER = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 
 def run_python(*words):
@@ -1601,15 +1412,13 @@ def small(tmp_path_factory):
     """A finished run of 3, 6 and 9 steps, over a tiny BERT, two tasks without test files, and dev sets of one example:
     (the command's arguments, run directory, which lies beside `glue` and `checkpoint`)."""
     root = tmp_path_factory.mktemp("small")
-    (root / "checkpoint").mkdir()
-    save_pretrained(tiny_model(), root / "checkpoint")
-    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(56))]
-    (root / "checkpoint" / "vocab.txt").write_text("\n".join(vocab))
+    checkpoint = folder_of(root / "checkpoint", ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(56))])
+    save_pretrained(tiny_model(), checkpoint)
     for name, words in (("rte", TASKS["rte"].labels), ("stsb", ("1", "4.5"))):
         lines = [HEADERS[name], *(f"{i}\tw{i} w2\tw{i % 3}\t{words[i % 2]}" for i in range(24))]
         write_split(root / "glue", name, "\n".join(lines))
         write_split(root / "glue", name, "\n".join(lines[:2]), "dev")
-    arguments = ["--task", "rte,stsb", "--data", str(root / "glue"), "--checkpoint", str(root / "checkpoint"), *EXACT]
+    arguments = ["--task", "rte,stsb", "--data", str(root / "glue"), "--checkpoint", str(checkpoint), *EXACT]
     arguments += ["--max-length", "40", "--batch-size", "8", "--epochs", "1"]
     with one_thread():
         assert runtime.command("bam.py", bam.main, [*arguments, "--out", str(root / "run")]) == 0
@@ -1726,7 +1535,6 @@ def attempt(out, act=None, name="", left=0, outside=0):
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
     def watch(frame, event, called):
-        nonlocal left
         called = frame.f_code.co_name if event == "call" else getattr(called, "__name__", "")
         if (event == "call" and frame.f_code.co_filename in ours) or (event == "c_call" and called in system):
             calls[called] += 1
@@ -1840,19 +1648,17 @@ def test_dev_scores_while_training_change_nothing_else(small, command, tmp_path,
     assert files_of(tmp_path / "run", RESULTS) == files_of(tmp_path / "whole", RESULTS)
 
 
-@pytest.mark.parametrize("kind", ["ascii", "closed", "no reader", "clock", "path"])
+@pytest.mark.parametrize("kind", ["ascii", "closed", "no reader", "path"])
 def test_odd_surroundings_change_nothing(small, command, tmp_path, monkeypatch, kind):
-    """Standard output in an encoding without λ, closed, or a pipe whose reader is gone; a clock that goes backwards; a
-    path that is not UTF-8: all files, every checkpoint, and every line in log.txt."""
+    """Standard output in an encoding without λ, closed, or a pipe whose reader is gone; a path that is not UTF-8: all
+    files, every checkpoint, and every line in log.txt."""
     out = tmp_path / os.fsdecode(b"\xff" if kind == "path" else b"run")
     reader, writer = os.pipe()
-    clock, saved, save = itertools.count(10**9, -100), [], bam.save_checkpoint
+    saved, save = [], bam.save_checkpoint
     monkeypatch.setattr(bam, "save_checkpoint", lambda *words: saved.append(save(*words)))
     if kind == "no reader":
         os.close(reader)
-    if kind == "clock":
-        monkeypatch.setattr(time, "time", lambda: float(next(clock)))
-    elif kind != "path":
+    if kind != "path":
         stream = io.TextIOWrapper(open(writer, "wb"), encoding="ascii")
         monkeypatch.setattr(sys, "stdout", None if kind == "closed" else stream)
     status, _, stderr = command(*small[0], "--out", out, "--save-minutes", "0")
@@ -1866,9 +1672,6 @@ def test_odd_surroundings_change_nothing(small, command, tmp_path, monkeypatch, 
         assert command(out, "--export", tmp_path / os.fsdecode(b"\xfe"), main=predict.main)[0] == 0
 
 
-TOGETHER = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-
-
 def test_distributed_variables_count_only_together(small, command, tmp_path, monkeypatch):
     """Left by a scheduler, they are ignored or refused in one line; predicting is one process's work in any case."""
     ask = [small[1], "--task", "rte", "--text", "w1 w2", "--text2", "w3", *EXACT]
@@ -1878,7 +1681,6 @@ def test_distributed_variables_count_only_together(small, command, tmp_path, mon
         ({"RANK": "1", "WORLD_SIZE": "1", "LOCAL_RANK": "1"}, ""),
         ({"WORLD_SIZE": "4"}, "WORLD_SIZE is 4, RANK is not set, "),
         (TOGETHER | {"MASTER_PORT": "x"}, "MASTER_PORT is x"),
-        (TOGETHER | {"WORLD_SIZE": "x"}, "WORLD_SIZE is x"),
         (TOGETHER | {"RANK": "2"}, "expected all of torchrun's variables or none, and RANK below WORLD_SIZE"),
     ]:
         for name in (*TOGETHER, "LOCAL_RANK"):
@@ -1953,11 +1755,6 @@ def test_a_gradient_that_is_not_finite_stops_at_its_step(training, tmp_path):
     assert 1 <= int(step) < 20 and [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [0]
 
 
-def test_a_training_has_at_least_one_step(training, tmp_path):
-    training(batch_size=500, epochs=3)
-    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [0]
-
-
 def test_a_batch_that_does_not_fit_is_split(training, monkeypatch):
     """Out of memory above 60 tokens is said once for each halving; the end is the undisturbed one but for rounding."""
     undisturbed, _ = training()
@@ -2017,7 +1814,7 @@ def test_a_disk_that_fails_costs_no_checkpoint(tmp_path, monkeypatch):
 
 def test_a_training_leaves_nothing_behind(tmp_path):
     """Model and optimizer go when nobody names them any more, not when the garbage collector comes by. Its log is in the
-    folder that a notebook names."""
+    folder that a notebook names; it has one step at least, also where the examples are fewer than a batch."""
     model = tiny_model(rte=2)
     known = weakref.ref(model)
     gc.disable()
@@ -2027,7 +1824,8 @@ def test_a_training_leaves_nothing_behind(tmp_path):
         del model
     finally:
         gc.enable()
-    assert known() is None and (tmp_path / "one" / "two" / "metrics.jsonl").exists()
+    assert known() is None
+    assert [line["step"] for line in read_lines(tmp_path / "one" / "two" / "metrics.jsonl")] == [0]
 
 
 def test_no_training_resumes_anothers_checkpoint():
@@ -2143,7 +1941,8 @@ def test_regimes_trials_and_constant_weights(small, quick, command, tmp_path):
     assert {line["gold_weight"] for folder in folders for line in read_lines(folder / "metrics.jsonl")} == {0.5}
     metrics = {path.read_text() for path in tmp_path.glob("trial-*/single*/rte/metrics.jsonl")}
     assert len(metrics) == 10, "of each trial two copies of Single and of S→M→S, and S→S: ten different seeds"
-    shutil.copytree(tmp_path / "trial-1", tmp_path / "trial-1-backup")  # which is no trial
+    for name in ("trial-1-backup", "trial-01"):  # which are no trials
+        shutil.copytree(tmp_path / "trial-1", tmp_path / name)
     status, stdout, _ = command("--table", tmp_path, small[1])
     assert status == 0 and f"{small[1]} is pooled, but its single.gold_weight is None, and 0.5 in {tmp_path}\n" in stdout
     assert f"warning: {small[1]} has no finished multi, multi-multi, single-multi-single, " in stdout
@@ -2161,7 +1960,7 @@ def test_teachers_of_another_checkpoint_teach_by_their_outputs_alone(small, comm
     probabilities, or of their scores, pairs in both orders. A command with other teachers is refused."""
     big, out = tmp_path / "big", tmp_path / "run"
     shutil.copytree(small[1].parent / "checkpoint", big)
-    (big / "vocab.txt").write_text("\n".join(reversed((big / "vocab.txt").read_text().split("\n"))))
+    (big / "vocab.txt").write_text("\n".join(reversed((big / "vocab.txt").read_text().splitlines())))
     save_pretrained(tiny_model(replace(TINY, hidden_size=32)), big)
     given, plain = [], bam.train
     again = [*small[0], "--teacher-checkpoint", big, "--teachers", "2", "--out", out]
@@ -2230,20 +2029,19 @@ def refuses(small, command, tmp_path, monkeypatch):
 
 def test_bad_flags_are_refused_before_any_training(refuses, tmp_path):
     """Each with exit status 2, and one line that names the flag and what was expected."""
-    refuses("unknown task ''; known: all, cola", task="")
+    refuses("unknown task ''; known: all, cola", task="", regime="multi")
+    assert not (tmp_path / "out").exists()
     refuses("unknown regime 'foo'; known: all, single, multi", regime="foo")
     refuses("--batch-size: invalid whole number value: 'x'", batch_size="x")
     refuses("--gold-weight: 2 is not from 0 to 1", gold_weight="2")
     for flag in ({"teachers": 2}, {"gold_weight": 0}):
         refuses("--regime: single has no teacher, which ", "name also one that has, such as single-multi", **flag)
     refuses("--table: takes run directories and no other flag", table=tmp_path)
-    refuses("--epochs: invalid number value: '1,2,3'", epochs="1,2,3")
     refuses("--epochs: invalid number value: '1,'", epochs="1,")
     refuses("--max-length: the checkpoint has 40 positions", max_length=41)
     refuses("--device: 'gpu' cannot be used", device="gpu")
     refuses("unrecognized arguments: --no-such-flag=1", no_such_flag=1)
     refuses(f"--data: there is no folder {tmp_path / 'gleu'}; with --download", data=tmp_path / "gleu")
-    refuses("--data: there is no folder ~/glue", data="~/glue")
     refuses("typo: is no folder", checkpoint="./typo")  # and no checkpoint's name to download
     refuses("download_glue.sh glue glue_data failed, as said above; --demo needs no download", data="glue_data")
     vocab = tmp_path / "checkpoint" / "vocab.txt"
@@ -2258,7 +2056,7 @@ def test_bad_files_are_refused_before_any_training(refuses, tmp_path):
     for path, new, *words in (
         (data / "dev.tsv", b"\n40\tw1\tw2\tmaybe", "line 3", "'maybe'; expected entailment or not_entailment"),
         (data / "test.tsv", b"1\tone", "line 3", "2 tab-separated fields; expected 3"),
-        (checkpoint / "vocab.txt", b"\nmore", "a vocabulary of 61 tokens; expected 60"),
+        (checkpoint / "vocab.txt", b"more", "a vocabulary of 61 tokens; expected 60"),
         (checkpoint / "model.safetensors", None, "is cut off"),
     ):
         content = path.read_bytes()
@@ -2269,17 +2067,11 @@ def test_bad_files_are_refused_before_any_training(refuses, tmp_path):
     refuses(data / "dev.tsv", "No such file")
 
 
-README = (HERE / "README.md").read_text("utf-8")
-
-
 def readme_commands(start):
     """The README's command lines that begin so, without their comments."""
     blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     return [line for line in lines if re.match(start, line)]
-
-
-SHORT = ["--limit", "16", "--epochs", "1", "--batch-size", "8", "--max-length", "48", "--device", "cpu"]
 
 
 @pytest.fixture
@@ -2392,7 +2184,6 @@ def test_predict_refuses(quick, command, tmp_path):
         ((out, "--task", "rte", tmp_path / "bad.tsv"), "bad.tsv, line 2: 1 tab-separated fields"),
         ((out, "--task", "rte", tmp_path / "none.tsv"), "none.tsv: cannot be read"),
         ((out, "--task", "rte", tmp_path / "bad.tsv", "--text", "x"), "expected one of FILE, --text and --export"),
-        ((out, "--task", "rte"), "expected one of FILE, --text and --export"),
         ((tmp_path, "--task", "rte", "--text", "x"), "no finished model there"),
         ((out, "--task", "rte", "--text", "x"), "rte takes --text and --text2, or a file"),
         ((out, "--task", "rte", "--text", "x", "--text2", "\udcff"), r"--text2: invalid utf8 value: '\udcff'"),
@@ -2832,17 +2623,14 @@ def test_download_checkpoint(mirror, tmp_path, files):
     fails(download_checkpoint(mirror, tmp_path, files, "google/bert-mini"), "a folder of its own")
 
 
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        (NEW | {"config.json": b'{"model_type": "clip", "text": {"model_type": "bert"}}'}, "type clip; expected bert"),
-        ({"config.json": BERT, "pytorch_model.bin": WEIGHTS}, "neither vocab.txt nor tokenizer.json"),
-        ({"config.json": BERT, "vocab.txt": b"[PAD]"}, "no weights of PyTorch"),
-        (OLD | {"pytorch_model.bin": b"version https://git-lfs.github.com/spec/v1\noid"}, "bin is a Git LFS pointer"),
-        ({**OLD, "model.safetensors.index.json": b'{"weight_map": {"a": "../m.bin"}}'}, "names no files of weights"),
-        ({"config.json": BERT, "vocab.txt": b"[PAD]", "pytorch_model.bin.index.json": b'"m.bin"'}, "m.bin (error 404)"),
-    ],
-)
+@pytest.mark.parametrize(("files", "message"), [
+    (NEW | {"config.json": b'{"model_type": "clip", "text": {"model_type": "bert"}}'}, "type clip; expected bert"),
+    ({"config.json": BERT, "pytorch_model.bin": WEIGHTS}, "neither vocab.txt nor tokenizer.json"),
+    ({"config.json": BERT, "vocab.txt": b"[PAD]"}, "no weights of PyTorch"),
+    (OLD | {"pytorch_model.bin": b"version https://git-lfs.github.com/spec/v1\noid"}, "bin is a Git LFS pointer"),
+    ({**OLD, "model.safetensors.index.json": b'{"weight_map": {"a": "../m.bin"}}'}, "names no files of weights"),
+    ({"config.json": BERT, "vocab.txt": b"[PAD]", "pytorch_model.bin.index.json": b'"m.bin"'}, "m.bin (error 404)"),
+])  # fmt: skip
 def test_download_unsuitable_checkpoint(mirror, tmp_path, files, message):
     """What is no BERT or ELECTRA, or lacks a part, is named in one line, and nothing gets the name of weights."""
     fails(download_checkpoint(mirror, tmp_path, files), message)
@@ -2900,13 +2688,6 @@ def drawn_examples(*names, count=40):
     return concatenate([bench_bam.draw(TASKS[name], count, 30, BENCHED.vocab_size) for name in names])
 
 
-def ours_without_dropout(dataset):
-    """(Ours on a tiny model, the model)."""
-    config = replace(BENCHED, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
-    model = tiny_model(config, **{task.name: task.num_outputs for task in dataset.tasks})
-    return bench_bam.variant_of("ours", Run(None, "cpu", "float32"), model, dataset), model
-
-
 def test_bench_measures_everything(bench):
     """Every measurement of the docstring, each line with all keys; our ratio to ourselves is 1."""
     pytest.importorskip("transformers")
@@ -2939,8 +2720,10 @@ def test_bench_compares_the_same_work():
     dataset = drawn_examples("mnli", "cola", "stsb")
     single = drawn_examples("mnli", count=60)
     batch = np.random.default_rng(0).permutation(len(dataset))[:50]
-    ours, model = ours_without_dropout(dataset)
-    peers = [bench_bam.variant_of(name, ours.run, model, dataset) for name in PEERS]  # with the weights before training
+    config = replace(BENCHED, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+    model = tiny_model(config, mnli=3, cola=2, stsb=1)
+    run = Run(None, "cpu", "float32")
+    ours, *peers = (bench_bam.variant_of(name, run, model, dataset) for name in ("ours", *PEERS))
     logits = ours.predict(single)
     ours.gradients(batch)
     expected = gradients(model)

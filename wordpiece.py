@@ -35,6 +35,7 @@ class Tokenizer:
         try:
             vocab = read_vocab(Path(folder))  # {token: id}
             self.settings, source = read_settings(Path(folder), vocab)
+            bert = normalizers.BertNormalizer(**self.settings)
         except (AttributeError, KeyError, TypeError) as error:
             raise DataError(f"{folder}: its tokenizer's files are not BERT's ({error!r})") from error
         self.description = f"{'uncased' if self.settings['lowercase'] else 'cased'}, {source}"
@@ -44,7 +45,6 @@ class Tokenizer:
         self.unk_id = vocab["[UNK]"]
         wordpiece = models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=200)  # the original's limit
         self.backend = tokenizers.Tokenizer(wordpiece)
-        bert = normalizers.BertNormalizer(**self.settings)
         self.backend.normalizer = normalizers.Sequence([FINAL_SIGMA, bert]) if self.settings["lowercase"] else bert
         self.backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         special = [("[CLS]", self.cls_id), ("[SEP]", self.sep_id)]
