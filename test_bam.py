@@ -1756,20 +1756,20 @@ def test_a_gradient_that_is_not_finite_stops_at_its_step(training, tmp_path):
 
 
 def test_a_batch_that_does_not_fit_is_split(training, monkeypatch):
-    """Out of memory above 60 tokens is said once for each halving; the end is the undisturbed one but for rounding."""
+    """Out of memory above 80 tokens is said once for each halving; the end is the undisturbed one but for rounding."""
     undisturbed, _ = training()
     plain = MultiTaskBert.forward
     monkeypatch.setattr(runtime, "MIN_TOKENS", 31)
 
     def forward(model, batch, *rest):
-        if len(batch.input_ids) > 60:
+        if len(batch.input_ids) > 80:
             raise torch.OutOfMemoryError("out of memory")
         return plain(model, batch, *rest)
 
     monkeypatch.setattr(MultiTaskBert, "forward", forward)
     values, said = training()
     words = "out of memory: from now on {} tokens at once; the same gradient but for dropout"
-    assert said.splitlines()[:-1] == [words.format(tokens) for tokens in (500, 250, 125, 62, 31)]
+    assert said.splitlines()[:-1] == [words.format(tokens) for tokens in (320, 160, 80)]
     torch.testing.assert_close(values, undisturbed, atol=1e-6, rtol=1e-5)
     monkeypatch.setattr(runtime, "MIN_TOKENS", 512)  # where halving does not help, the error remains
     with pytest.raises(torch.OutOfMemoryError):
