@@ -31,7 +31,7 @@ from model import CheckpointError, read_safetensors, whole, write_safetensors
 from ops import compiled
 
 CUDA_TOKENS = 8192  # tokens at once, in training and in predicting: what fills the device, and no more
-CPU_TOKENS = 640  # more is hardly faster, and takes more memory
+CPU_TOKENS = 800  # more is hardly faster, and takes more memory
 MIN_TOKENS = 256  # a micro-batch is not halved below this where memory is short
 
 
