@@ -28,13 +28,13 @@ from torch.optim.adamw import adamw
 import demo
 import figure
 import glue_data
-from glue_data import block_diagonal, concatenate, micro_batches, pack, read_json, sample_schedule
+from glue_data import InputError, block_diagonal, concatenate, micro_batches, pack, read_json, sample_schedule
 from inputs import checkpoint_folder, data_folder, identity, load_data, parse_args, recipes
 from model import WEIGHTS, load_pretrained, save_pretrained
 from ops import upload
 from runtime import (
-    CHECKPOINT, PREVIOUS, Progress, Run, UsageError, command, differences, resume, save_checkpoint, show, to_json,
-    within_memory, write_whole,
+    CHECKPOINT, PREVIOUS, Progress, Run, command, differences, resume, save_checkpoint, show, to_json, within_memory,
+    write_whole,
 )  # fmt: skip
 from wordpiece import Tokenizer
 
@@ -422,7 +422,7 @@ def teacher_outputs(data, run, task, folder):
     try:
         return np.load(path)
     except (OSError, ValueError, EOFError) as error:
-        raise UsageError(f"{path}: cannot be read ({error}); delete it, and it is made again") from error
+        raise InputError(f"{path}: cannot be read ({error}); delete it, and it is made again") from error
 
 
 def average_teacher(data, run, task, teachers):
@@ -575,21 +575,21 @@ def compare(folders):
     """Print one table over run directories, and in what else than the seed their configurations differ."""
     for folder in folders:
         if not (folder / "config.json").exists():
-            raise UsageError(f"--table: {folder} is no run directory of bam.py")
+            raise InputError(f"--table: {folder} is no run directory of bam.py")
     configs = [read_json(folder / "config.json") for folder in folders]
     for folder, config in zip(folders, configs, strict=True):
         if not config.get("tasks") or config["tasks"] != configs[0]["tasks"]:
             problem = f"has the tasks {config.get('tasks')}, and {folders[0]} {configs[0].get('tasks')}"
-            raise UsageError(f"--table: {folder} {problem}; expected runs of bam.py with the same tasks")
+            raise InputError(f"--table: {folder} {problem}; expected runs of bam.py with the same tasks")
         for name, value, first in differences(config, configs[0]):
             if name != "seed":
                 show(f"warning: {folder} is pooled, but its {name} is {value!r}, and {first!r} in {folders[0]}")
     if len({to_json(config) for config in configs}) < len(configs):
-        raise UsageError("--table: two of the runs are the same, and their seed too; expected another seed")
+        raise InputError("--table: two of the runs are the same, and their seed too; expected another seed")
     tasks = [glue_data.find_task(name) for name in configs[0]["tasks"]]
     results = collect(folders, tasks)
     if not results:
-        raise UsageError("--table: no regime is finished in these folders")
+        raise InputError("--table: no regime is finished in these folders")
     for folder in folders:
         if unfinished := results.keys() - collect([folder], tasks).keys():
             show(f"warning: {folder} has no finished {', '.join(sorted(unfinished))}")

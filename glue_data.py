@@ -27,8 +27,8 @@ from statistics import NormalDist
 import numpy as np
 
 
-class DataError(ValueError):
-    """Bad input. The message names the file, the line where there is one, and what was expected."""
+class InputError(ValueError):
+    """A bad file, flag or environment. The message names it, the line where there is one, and what was expected."""
 
 
 # --------------------------------------------------------------------------------------------------------------- tasks
@@ -57,9 +57,9 @@ class Task:
     def __post_init__(self):
         suitable = ("pearson", "spearman") if self.is_regression else ("accuracy", "f1", "matthews")
         if not set(self.metrics) <= set(suitable):
-            raise DataError(f"task {self.name}: metrics are {self.metrics}; expected some of {suitable}")
+            raise InputError(f"task {self.name}: metrics are {self.metrics}; expected some of {suitable}")
         if "f1" in self.metrics and len(self.labels) != 2:
-            raise DataError(f"task {self.name}: f1 needs two labels; there are {len(self.labels)}")
+            raise InputError(f"task {self.name}: f1 needs two labels; there are {len(self.labels)}")
 
     @property
     def num_outputs(self):
@@ -108,7 +108,7 @@ def resolve(names):
     tasks = [find_task(name.strip()) for name in names.split(",")]
     for task in tasks:
         if tasks.count(task) > 1:
-            raise DataError(f"--task: {task.name} is named twice")
+            raise InputError(f"--task: {task.name} is named twice")
     return tasks
 
 
@@ -118,10 +118,10 @@ def find_task(name):
     for field in ("name", "folder"):
         found = [task for task in TASKS.values() if getattr(task, field).lower().replace("-", "") == wanted]
         if len(found) > 1:
-            raise DataError(f"--task: {name!r} may be {' or '.join(task.name for task in found)}; rename one in TASKS")
+            raise InputError(f"--task: {name!r} may be {' or '.join(task.name for task in found)}; rename one in TASKS")
         if found:
             return found[0]
-    raise DataError(f"--task: unknown task {name!r}; known: all, {', '.join(TASKS)}")
+    raise InputError(f"--task: unknown task {name!r}; known: all, {', '.join(TASKS)}")
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -131,7 +131,7 @@ def read_file(path, expected):
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); expected {expected}") from error
+        raise InputError(f"{path}: cannot be read ({error.strerror}); expected {expected}") from error
 
 
 def read_json(path):
@@ -140,7 +140,7 @@ def read_json(path):
     try:
         return {**json.loads(data)}
     except (ValueError, TypeError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); expected a JSON object") from error
+        raise InputError(f"{path}: cannot be read ({error}); expected a JSON object") from error
 
 
 def parse_tsv(data, path, wanted, header=()):
@@ -155,21 +155,21 @@ def parse_tsv(data, path, wanted, header=()):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise DataError(f"{place}: byte 0x{error.object[error.start]:02x} is not UTF-8") from error
+            raise InputError(f"{place}: byte 0x{error.object[error.start]:02x} is not UTF-8") from error
         fields = text.removesuffix("\n").removesuffix("\r").split("\t")
         if not columns:
             columns = fields
             for name in wanted:
                 if columns.count(name) != 1:
                     found = f"found {len(columns)} by tabs: {brief(columns)}"
-                    raise DataError(f"{place}: expected one column {name!r}; {found}")
+                    raise InputError(f"{place}: expected one column {name!r}; {found}")
         elif len(fields) != len(columns):
             expected = f"expected {len(columns)}: {brief(columns)}"
-            raise DataError(f"{place}: {len(fields)} tab-separated fields; {expected}")
+            raise InputError(f"{place}: {len(fields)} tab-separated fields; {expected}")
         else:
             yield number, [fields[columns.index(name)] for name in wanted]
     if not columns:
-        raise DataError(f"{path}: is empty; expected a header line")
+        raise InputError(f"{path}: is empty; expected a header line")
 
 
 def brief(fields):
@@ -215,7 +215,7 @@ def read_split(task, split, root):
 def sentences_of(task, texts, path):
     """(first, second or None) of the texts of all examples."""
     if not texts:
-        raise DataError(f"{path}: has no examples; expected {' and '.join(task.text)}, one example a line")
+        raise InputError(f"{path}: has no examples; expected {' and '.join(task.text)}, one example a line")
     first, *second = [list(column) for column in zip(*texts, strict=True)]
     return first, second[0] if second else None
 
@@ -223,9 +223,9 @@ def sentences_of(task, texts, path):
 def read_index(word, lines, path, line):
     """An example's number in the submission, which need not be its position in the file."""
     if not re.fullmatch("[0-9]{1,9}", word):
-        raise DataError(f"{path}, line {line}: index {brief([word])}; expected a whole number")
+        raise InputError(f"{path}, line {line}: index {brief([word])}; expected a whole number")
     if int(word) in lines:
-        raise DataError(f"{path}, line {line}: index {word} stands on line {lines[int(word)]} already")
+        raise InputError(f"{path}, line {line}: index {word} stands on line {lines[int(word)]} already")
     return int(word)
 
 
@@ -233,7 +233,7 @@ def read_label(task, word, path, line):
     """The K labels of one example: one-hot, or the score as a fraction of its range."""
     if task.labels:
         if word not in task.labels:
-            raise DataError(f"{path}, line {line}: unknown label {brief([word])}; expected {' or '.join(task.labels)}")
+            raise InputError(f"{path}, line {line}: unknown label {brief([word])}; expected {' or '.join(task.labels)}")
         return [float(word == label) for label in task.labels]
     try:
         score = float(word.replace("_", "?"))  # to Python, 0_5 would be 5
@@ -241,7 +241,7 @@ def read_label(task, word, path, line):
         score = float("nan")
     low, high = task.scores
     if not low <= score <= high:
-        raise DataError(f"{path}, line {line}: score {brief([word])}; expected a number from {low:g} to {high:g}")
+        raise InputError(f"{path}, line {line}: score {brief([word])}; expected a number from {low:g} to {high:g}")
     return [(score - low) / (high - low)]
 
 
@@ -259,7 +259,7 @@ def read_sentences(task, data, path):
     if header and data and all(COLUMN_NAME.fullmatch(name) for name in names):
         header = "<TAB>".join(task.text)
         advice = f"if it is an example, put the header {header} above it; if it is a header, replace it by that"
-        raise DataError(f"{path}, line 1: {brief(names)} could be column names; {advice}")
+        raise InputError(f"{path}, line 1: {brief(names)} could be column names; {advice}")
     return sentences_of(task, [words for _, words in parse_tsv(data, path, task.text, header)], path)
 
 

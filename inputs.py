@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 import glue_data
+from glue_data import InputError
 from model import WEIGHTS, CheckpointError, load_pretrained, weight_files
-from runtime import UsageError
 from wordpiece import Tokenizer
 
 DATA = "glue_data"
@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, as all others."""
 
     def error(self, message):
-        raise UsageError(message)
+        raise InputError(message)
 
 
 def number(kind, low, high=math.inf):
@@ -142,7 +142,7 @@ def recipes(args, defaults):
         for position, recipe in enumerate(defaults)
     )
     if single.max_length != multi.max_length:
-        raise UsageError("--max-length: teachers and student read the same examples; expected one value")
+        raise InputError("--max-length: teachers and student read the same examples; expected one value")
     return single, multi
 
 
@@ -155,7 +155,7 @@ def data_folder(args, run):
     begun = run.exists(folder / ".download")
     if begun or not run.exists(folder):
         if not begun and args.data != DATA and not args.download:
-            raise UsageError(f"--data: there is no folder {folder}; with --download GLUE is fetched into it")
+            raise InputError(f"--data: there is no folder {folder}; with --download GLUE is fetched into it")
         run.on_rank_0(download, run, "glue", str(folder))
     return folder
 
@@ -175,7 +175,7 @@ def download(run, *arguments):
     script = Path(__file__).with_name("download_glue.sh")
     if subprocess.run(["bash", str(script), *arguments], env={**os.environ, "PYTHON": sys.executable}).returncode:
         run.stop_if_asked()  # Ctrl-C ends the script too
-        raise UsageError(f"{script.name} {' '.join(arguments)} failed, as said above; --demo needs no download")
+        raise InputError(f"{script.name} {' '.join(arguments)} failed, as said above; --demo needs no download")
 
 
 # ------------------------------------------------------------------------------------------------------------ contents
@@ -189,7 +189,7 @@ def load_data(checkpoint, run, tasks, folder, max_length, limit):
         problem = f"a vocabulary of {tokenizer.size} tokens; expected {config.vocab_size}, as config.json says"
         raise CheckpointError(f"{checkpoint}: {problem}")
     if max_length > config.max_position_embeddings:
-        raise UsageError(f"--max-length: the checkpoint has {config.max_position_embeddings} positions")
+        raise InputError(f"--max-length: the checkpoint has {config.max_position_embeddings} positions")
     run.say(f"reading {', '.join(task.folder for task in tasks)} from {folder}; tokenizer: {tokenizer.description}")
     data = glue_data.load_glue(tasks, folder, tokenizer, max_length, limit, cache=run.folder / "tokens")
     for task in tasks:

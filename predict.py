@@ -16,7 +16,7 @@ import glue_data
 from bam import REGIMES, predict
 from inputs import Parser
 from model import load_pretrained, public_tensors, save_pretrained
-from runtime import Run, UsageError, command
+from runtime import Run, command
 from wordpiece import Tokenizer
 
 
@@ -30,10 +30,10 @@ def finished_models(run, tasks, regime=None):
             folders |= dict.fromkeys(known, path.parent)
     if not folders:
         problem = f"no finished model{' of ' + regime if regime else ''} there"
-        raise UsageError(f"{run}: {problem}; expected the run directory of an earlier command")
+        raise glue_data.InputError(f"{run}: {problem}; expected the run directory of an earlier command")
     for task in tasks:
         if task.name not in folders:
-            raise UsageError(f"--task: no model of {task.name} in {run}; there are {', '.join(folders)}")
+            raise glue_data.InputError(f"--task: no model of {task.name} in {run}; there are {', '.join(folders)}")
     return {name: folder for name, folder in folders.items() if not tasks or name in [task.name for task in tasks]}
 
 
@@ -58,7 +58,7 @@ def own_text(args, task):
         return glue_data.read_sentences(task, data, args.file)
     texts = [text for text in (args.text, args.text2) if text is not None]
     if len(texts) != len(task.text):
-        raise UsageError(f"{task.name} takes --text{' and --text2' * (len(task.text) - 1)}, or a file")
+        raise glue_data.InputError(f"{task.name} takes --text{' and --text2' * (len(task.text) - 1)}, or a file")
     return texts[:1], texts[1:] or None
 
 
@@ -144,7 +144,7 @@ def main(argv=None):
     if args.export:
         return export(args, folders)
     if len(tasks) != 1:
-        raise UsageError(f"--task: expected one of {', '.join(folders)}")
+        raise glue_data.InputError(f"--task: expected one of {', '.join(folders)}")
     label(args, tasks[0], folders[tasks[0].name])
 
 

@@ -26,17 +26,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from glue_data import DataError, describe_examples, read_json
+from glue_data import InputError, describe_examples, read_json
 from model import CheckpointError, read_safetensors, whole, write_safetensors
 from ops import compiled
 
 CUDA_TOKENS = 8192  # tokens at once, in training and in predicting: what fills the device, and no more
 CPU_TOKENS = 800  # more is hardly faster, and takes more memory
 MIN_TOKENS = 256  # a micro-batch is not halved below this where memory is short
-
-
-class UsageError(ValueError):
-    """A command that cannot be carried out as given."""
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -86,7 +82,7 @@ def find_device(name, rank, world):
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device: {name!r} cannot be used ({first_line(error)})") from error
+        raise InputError(f"--device: {name!r} cannot be used ({first_line(error)})") from error
 
 
 def multiplies_bfloat16(device):
@@ -100,7 +96,7 @@ def multiplies_bfloat16(device):
 
 
 def processes():
-    """(rank, number of processes) by torchrun's variables, which count only together. Raises UsageError."""
+    """(rank, number of processes) by torchrun's variables, which count only together. Raises InputError."""
     given = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "MASTER_PORT", "MASTER_ADDR")}
     if given["WORLD_SIZE"] in ("", "1"):
         return 0, 1
@@ -110,7 +106,7 @@ def processes():
         if rank < world and port < 65536:
             return rank, world
     found = ", ".join(f"{name} is {value or 'not set'}" for name, value in given.items())
-    raise UsageError(f"{found}; expected all of torchrun's variables or none, and RANK below WORLD_SIZE")
+    raise InputError(f"{found}; expected all of torchrun's variables or none, and RANK below WORLD_SIZE")
 
 
 # ----------------------------------------------------------------------------------------------------------------- run
@@ -157,12 +153,12 @@ class Run:
             log = open(self.folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace")
             self.log = self.files.enter_context(log)
         except OSError as error:
-            raise UsageError(f"{self.folder}: cannot be written ({error.strerror}); --out names another") from error
+            raise InputError(f"{self.folder}: cannot be written ({error.strerror}); --out names another") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             lock.seek(0)
-            raise UsageError(f"{self.folder}: another command is at work there ({lock.read().strip()})") from error
+            raise InputError(f"{self.folder}: another command is at work there ({lock.read().strip()})") from error
         except OSError:  # a file system without locks
             pass
         lock.truncate(0)
@@ -227,7 +223,7 @@ class Run:
         lines = [f"  {name}: {old!r} there, {new!r} here" for name, old, new in differences(read_json(path), identity)]
         if lines:
             problem = f"{path}: this folder holds another run; repeat its settings, or name a new folder with --out"
-            raise UsageError("\n".join([problem, *lines]))
+            raise InputError("\n".join([problem, *lines]))
 
     def catch_signals(self):
         """Stop at the next step, with everything saved, on the signals that terminals and schedulers send."""
@@ -457,7 +453,7 @@ def command(name, main, argv=None):
         if sys.stdout is not None:
             sys.stdout.flush()
         return 0
-    except (UsageError, DataError, CheckpointError) as error:
+    except (InputError, CheckpointError) as error:
         status = 2
         message = f"error: {error}"
     except BrokenPipeError:  # of predict.py | head

@@ -53,7 +53,7 @@ import predict
 import runtime
 import wordpiece
 from bam import Recipe, annealing_weight, distillation_loss, learning_rate
-from glue_data import TASKS, DataError, load_dataset, concatenate, pack, read_split, sample_schedule
+from glue_data import TASKS, InputError, load_dataset, concatenate, pack, read_split, sample_schedule
 from model import BertConfig, CheckpointError, MultiTaskBert, load_pretrained, save_pretrained
 from runtime import Run
 from wordpiece import Tokenizer
@@ -207,7 +207,7 @@ def test_files_are_read_as_glue_writes_them(tmp_path, name, split, text, first, 
 ])  # fmt: skip
 def test_bad_lines_are_named_by_file_and_line(tmp_path, name, text, words):
     path = write_split(tmp_path, name, text.format(HEADERS[name]))
-    with pytest.raises(DataError) as error:
+    with pytest.raises(InputError) as error:
         read_split(TASKS[name], "train", tmp_path)
     for word in [str(path), *words]:
         assert word in str(error.value)
@@ -228,7 +228,7 @@ def test_submission_numbers_are_those_of_the_index_column(tmp_path):
 def test_an_index_is_a_whole_number_of_its_own(tmp_path, word):
     path = write_split(tmp_path, "rte", f"index\tsentence1\tsentence2\n7\ta\tb\n{word}\tc\td\n", "RTE")
     problem = "07 stands on line 2 already" if word == "07" else f"'{word}'; expected a whole number"
-    with pytest.raises(DataError, match=re.escape(f"{path}, line 3: index {problem}")):
+    with pytest.raises(InputError, match=re.escape(f"{path}, line 3: index {problem}")):
         read_split(TASKS["rte"], "RTE", tmp_path)
 
 
@@ -248,7 +248,7 @@ def test_ones_own_text(name, text, sentences):
                                     "premise\thypothesis", "#1 String\t#2 String", "Premise text\tHypothesis text"])  # fmt: skip
 def test_a_header_of_other_names_is_not_an_example(header):
     data = f"{header}\nIt is good.\tIt is bad.\n".encode()
-    with pytest.raises(DataError, match="own.tsv, line 1: .* could be column names; if it is an example, put the header sentence"):
+    with pytest.raises(InputError, match="own.tsv, line 1: .* could be column names; if it is an example, put the header sentence"):
         glue_data.read_sentences(TASKS["rte" if "\t" in header else "sst2"], data, "own.tsv")
 
 
@@ -259,7 +259,7 @@ def test_a_task_of_ones_own_over_a_folder_of_glue(monkeypatch):
         monkeypatch.setitem(TASKS, name, replace(TASKS["rte"], name=name, folder=folder))
     assert [task.name for task in glue_data.resolve("MNLI,mnli2,ONE")] == ["mnli", "mnli2", "one"]
     for name, tasks in [("own", "one or two"), ("rte", "rte or RT-E")]:
-        with pytest.raises(DataError, match=f"'{name}' may be {tasks}"):
+        with pytest.raises(InputError, match=f"'{name}' may be {tasks}"):
             glue_data.resolve(name)
     tasks = glue_data.resolve("one,two")
     results = {"single": [{"one": {"dev": {"accuracy": 90.0}}, "two": {"dev": {"accuracy": 50.0}}}]}
@@ -274,7 +274,7 @@ def test_a_task_of_ones_own_over_a_folder_of_glue(monkeypatch):
     (("a", "b"), "accuracy", "metrics are accuracy; expected some of"),
 ])  # fmt: skip
 def test_metrics_suit_their_task(labels, metrics, message):
-    with pytest.raises(DataError, match=re.escape(message)):
+    with pytest.raises(InputError, match=re.escape(message)):
         glue_data.Task("own", "Own", ("text",), labels=labels, metrics=metrics)
 
 
@@ -284,7 +284,7 @@ def test_task_names():
     assert [task.folder for task in glue_data.resolve("All")] == "CoLA SST-2 MRPC STS-B QQP MNLI QNLI RTE".split()
     refused = {"foo": "'foo'; known: all, cola", "": "unknown task ''", "rte,RTE": "rte is named twice"}
     for names, message in refused.items():
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(InputError, match=message):
             glue_data.resolve(names)
 
 
@@ -376,7 +376,7 @@ def test_tokenizers_that_wordpiece_cannot_be(tmp_path, name, content, message):
     path.unlink(missing_ok=True)
     if content:
         path.write_text(content)
-    with pytest.raises(DataError, match=f"{tmp_path}.*{message.format(name)}"):
+    with pytest.raises(InputError, match=f"{tmp_path}.*{message.format(name)}"):
         Tokenizer(tmp_path)
 
 
@@ -389,7 +389,7 @@ def test_a_vocabulary_in_tokenizer_json(tmp_path, tokenizer):
     changes = [{"type": "BPE"}, {"continuing_subword_prefix": ""}, {"vocab": {"[UNK]": 0, "[CLS]": 1, "[SEP]": 3}}]
     for change in (*changes, {"vocab": {"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "\n": 3}}):
         (tmp_path / "tokenizer.json").write_text(json.dumps(good | {"model": good["model"] | change}))
-        with pytest.raises(DataError, match="tokenizer.json: (expected a WordPiece model|a token holds .* a line break)"):
+        with pytest.raises(InputError, match="tokenizer.json: (expected a WordPiece model|a token holds .* a line break)"):
             Tokenizer(tmp_path)
 
 

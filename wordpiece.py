@@ -8,7 +8,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
-from glue_data import DataError, brief, parse_tsv, read_file, read_json
+from glue_data import InputError, brief, parse_tsv, read_file, read_json
 
 SETTINGS = {  # in tokenizer_config.json: in the BertNormalizer of tokenizer.json
     "do_lower_case": "lowercase",
@@ -37,7 +37,7 @@ class Tokenizer:
             self.settings, source = read_settings(Path(folder), vocab)
             bert = normalizers.BertNormalizer(**self.settings)
         except (AttributeError, KeyError, TypeError) as error:
-            raise DataError(f"{folder}: its tokenizer's files are not BERT's ({error!r})") from error
+            raise InputError(f"{folder}: its tokenizer's files are not BERT's ({error!r})") from error
         self.description = f"{'uncased' if self.settings['lowercase'] else 'cased'}, {source}"
         self.size = len(vocab)
         self.cls_id = vocab["[CLS]"]
@@ -88,18 +88,18 @@ def read_vocab(folder):
         vocab = model.get("vocab")
         is_wordpiece = model.get("type", "WordPiece") == "WordPiece" and model.get("continuing_subword_prefix") == "##"
         if not is_wordpiece or not isinstance(vocab, dict) or {*vocab.values()} != {*range(len(vocab))}:
-            raise DataError(f"{path}: expected a WordPiece model, its prefix ## and its ids 0, 1, 2, ... each once")
+            raise InputError(f"{path}: expected a WordPiece model, its prefix ## and its ids 0, 1, 2, ... each once")
         if re.search(r"[\t\r\n]", "".join(vocab)):  # which vocab.txt could not hold
-            raise DataError(f"{path}: a token holds a tab or a line break; expected BERT's vocabulary")
+            raise InputError(f"{path}: a token holds a tab or a line break; expected BERT's vocabulary")
     else:
         data = read_file(path, "a checkpoint's vocabulary, one token a line, or a tokenizer.json")
         for line, (token,) in parse_tsv(data, path, ["token"], ["token"]):
             if token in vocab:
-                raise DataError(f"{path}, line {line}: {brief([token])} stands on line {vocab[token] + 1} already")
+                raise InputError(f"{path}, line {line}: {brief([token])} stands on line {vocab[token] + 1} already")
             vocab[token] = line - 1
     for token in ("[UNK]", "[CLS]", "[SEP]"):
         if token not in vocab:
-            raise DataError(f"{path}: no {token} among {len(vocab)} tokens; expected BERT's vocabulary")
+            raise InputError(f"{path}: no {token} among {len(vocab)} tokens; expected BERT's vocabulary")
     return vocab
 
 
@@ -112,15 +112,15 @@ def read_settings(folder, vocab):
         if step.get("type") == "BertNormalizer":
             settings |= {name: step[name] for name in settings if name in step}
         elif step and step.get("content") != "ς":  # FINAL_SIGMA, where `save` has written the file
-            raise DataError(f"{path}: normalizer {step.get('type')}; expected BertNormalizer alone")
+            raise InputError(f"{path}: normalizer {step.get('type')}; expected BertNormalizer alone")
     path = folder / "tokenizer_config.json"
     config = read_json(path) if path.exists() else {}
     kind = str(config.get("tokenizer_class") or "BertTokenizer")
     if kind.removesuffix("Fast").removesuffix("Tokenizer") not in WORDPIECE_CLASSES.split():
-        raise DataError(f"{path}: tokenizer_class {kind}; expected a WordPiece tokenizer such as BertTokenizer")
+        raise InputError(f"{path}: tokenizer_class {kind}; expected a WordPiece tokenizer such as BertTokenizer")
     for name, ours in SETTINGS.items():
         if config.get(name) not in (None, True, False):
-            raise DataError(f"{path}: {name} is {config[name]!r}; expected true or false")
+            raise InputError(f"{path}: {name} is {config[name]!r}; expected true or false")
         if config.get(name) is not None:
             settings[ours] = config[name]
             source = path if ours == "lowercase" else source
