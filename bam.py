@@ -184,19 +184,15 @@ class Adam:
         for (depth, is_exempt), members in itertools.groupby(parameters, group_of):
             start = end
             for _, parameter in members:
-                end = self.move_into_vector(parameter, end)
+                part = slice(end, end + parameter.numel())
+                end = part.stop
+                self.values[part] = parameter.detach().flatten()
+                parameter.data = self.values[part].view_as(parameter)
+                parameter.grad = self.gradients[part].view_as(parameter)
             # adamw takes lists of tensors: here one of each, this group's part of a vector.
             parts = [[vector[start:end]] for vector in (self.values, self.gradients, self.mean, self.square)]
             decay = 0.0 if is_exempt else recipe.weight_decay
             self.groups.append((parts, decay, model.depth("head") - depth))
-
-    def move_into_vector(self, parameter, start):
-        """Make the parameter and its gradient views of the flat vectors; return where they end."""
-        part = slice(start, start + parameter.numel())
-        self.values[part] = parameter.detach().flatten()
-        parameter.data = self.values[part].view_as(parameter)
-        parameter.grad = self.gradients[part].view_as(parameter)
-        return part.stop
 
     def step(self, step, num_steps):
         """Update the parameters, zero the gradients, and return their norm before clipping (a tensor)."""
