@@ -64,15 +64,7 @@ def one_or_two(entry):
 def parse_args(argv, description, defaults, regimes):
     """The flags of bam.py. defaults: the recipes for one task and for several; regimes: {name: Regime}."""
     parser = Parser("bam.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def regime_names(text):
-        names = list(regimes) if text == "all" else text.split(",")
-        for name in names:
-            if name not in regimes:
-                raise argparse.ArgumentTypeError(f"unknown regime {name!r}; known: all, {', '.join(regimes)}")
-        return names
-
-    add_training_flags(parser, regime_names, ", ".join(regimes))
+    add_training_flags(parser, ", ".join(regimes))
     add_machine_flags(parser)
     add = parser.add_argument_group("recipe", "one value for both, or single,multi").add_argument
     for entry in fields(defaults[0]):
@@ -87,7 +79,11 @@ def parse_args(argv, description, defaults, regimes):
         parser.error("--demo makes its own data and checkpoint; --data and --checkpoint are for real ones")
     args.out = args.out or f"runs/{'demo' if args.demo else args.task.replace(',', '-')}"
     several = len(glue_data.resolve(args.task)) > 1  # which refuses unknown names
-    args.regime = args.regime or ["single-multi" if several else "single"]
+    names = ("single-multi" if several else "single") if args.regime is None else args.regime
+    args.regime = list(regimes) if names == "all" else names.split(",")
+    for name in args.regime:
+        if name not in regimes:
+            parser.error(f"--regime: unknown regime {name!r}; known: all, {', '.join(regimes)}")
     constant = args.gold_weight not in (None, [None, None])
     for_teachers = args.teacher_checkpoint or args.teachers > 1 or constant
     if for_teachers and not any(regimes[name].teacher for name in args.regime):
@@ -97,13 +93,13 @@ def parse_args(argv, description, defaults, regimes):
     return args
 
 
-def add_training_flags(parser, regime_names, regimes):
+def add_training_flags(parser, regimes):
     """What is trained, and on which files."""
     count = number(int, 1)
     add = parser.add_argument_group("what is trained").add_argument
     add("--task", default="all", help="all (the first eight), or some, with commas: " + ", ".join(glue_data.TASKS))
     rows = f"rows of the table: all, or {regimes} (default single-multi, or single for one task)"
-    add("--regime", type=regime_names, metavar="NAMES", help=rows)
+    add("--regime", metavar="NAMES", help=rows)
     add("--trials", type=count, default=1, metavar="N", help="seeds; reports median, spread and p-values (default 1)")
     add("--teachers", type=count, default=1, metavar="N", help="seeds per teacher; outputs are averaged (default 1)")
     add("--seed", type=int, default=0, metavar="N", help="from which every model derives its own (default 0)")
