@@ -80,11 +80,9 @@ class BertLayer(nn.Module):
             context = layout.attention(kv, heads, p_attention, q)  # (B, H)
         else:
             context = layout.attention(self.qkv(x), heads, p_attention)  # (T, H)
-        out = self.attention_out
-        x = linear_dropout_add_norm(context, out.weight, out.bias, x, self.attention_norm, p_hidden)  # (T or B, H)
-        inner = linear_gelu(x, self.ffn_in.weight, self.ffn_in.bias)  # (T or B, F)
-        out = self.ffn_out
-        return linear_dropout_add_norm(inner, out.weight, out.bias, x, self.ffn_norm, p_hidden)  # (T or B, H)
+        x = linear_dropout_add_norm(context, self.attention_out, x, self.attention_norm, p_hidden)  # (T or B, H)
+        inner = linear_gelu(x, self.ffn_in)  # (T or B, F)
+        return linear_dropout_add_norm(inner, self.ffn_out, x, self.ffn_norm, p_hidden)  # (T or B, H)
 
 
 class Embedding(nn.Embedding):

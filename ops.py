@@ -21,15 +21,14 @@ import torch.nn.functional as F
 # ---------------------------------------------------------------------------------------------------- fused operations
 
 
-def linear_gelu(x, weight, bias):
+def linear_gelu(x, linear):
     """GELU(x Wᵀ + b) with the exact GELU (erf). (T, H) to (T, F)."""
-    return F.gelu(F.linear(x, weight, bias))
+    return F.gelu(linear(x))
 
 
-def linear_dropout_add_norm(x, weight, bias, residual, norm, p):
+def linear_dropout_add_norm(x, linear, residual, norm, p):
     """LayerNorm(residual + dropout(x Wᵀ + b)), the end of both sub-layers. (T, H or F) to (T, H)."""
-    x = residual + dropout(F.linear(x, weight, bias), p)  # (T, H)
-    return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+    return norm(residual + dropout(linear(x), p))
 
 
 def dropout(x, p):
