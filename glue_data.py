@@ -357,13 +357,11 @@ def load_glue(tasks, root, tokenizer, max_length, limit, cache):
 
 def load_cached(cache, task, split, root, tokenizer, *settings):
     """load_dataset; the folder `cache` keeps its arrays for the same file, tokenizer, settings and code."""
-    source = root / task.folder / task.files[split]
-    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (source, Path(__file__)) if path.is_file()]
-    key = repr((task, split, settings, tokenizer.fingerprint(), digests))
-    path = cache / f"{task.name}-{split}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+    data = read_file(root / task.folder / task.files[split], "a file of GLUE")
+    key = repr((task, split, settings, tokenizer.fingerprint())).encode() + Path(__file__).read_bytes() + data
+    path = cache / f"{task.name}-{split}-{hashlib.sha256(key).hexdigest()[:16]}.npz"
     if path.exists():
-        damages = OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile
-        with contextlib.suppress(*damages), np.load(path) as arrays:
+        with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(path) as arrays:
             return Dataset((task,), **arrays)
     dataset = load_dataset(task, split, root, tokenizer, *settings)
     arrays = {field.name: getattr(dataset, field.name) for field in fields(dataset)[1:]}
