@@ -380,22 +380,22 @@ def read_safetensors(path):
             header = json.loads(file.read(min(length, size)))
             data = np.empty(size - 8 - length, np.uint8)
             file.readinto(data)  # np.fromfile would hide a disk's error
-        digest = header.pop("__metadata__", {}).get("sha256")
-        entries = {name: (DTYPES[e["dtype"]], e["shape"], *e["data_offsets"]) for name, e in header.items()}
-        for name, (dtype, shape, start, end) in entries.items():
-            tensors[name] = torch.from_numpy(data[start:end]).view(dtype).view(shape)
+        digest = header.pop("__metadata__", {}).get("content_sha256")
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            tensors[name] = torch.from_numpy(data[start:end]).view(DTYPES[entry["dtype"]]).view(entry["shape"])
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path}: is cut off or not safetensors ({error}); expected {NO_POINTER}") from error
-    if digest and digest != sha256(entries, [data]):
+    if digest and digest != sha256(header, [data]):
         raise CheckpointError(f"{path}: is damaged: its content does not have the sha256 that its header states")
     return tensors
 
 
-def sha256(entries, blobs):
+def sha256(header, blobs):
     """The digest of a safetensors file's content: names, types, shapes and offsets, then the data."""
-    digest = hashlib.sha256(repr(entries).encode())
+    digest = hashlib.sha256(repr(header).encode())
     for blob in blobs:
         digest.update(blob)
     return digest.hexdigest()
@@ -415,17 +415,15 @@ def whole(path):
 def write_safetensors(path, tensors):
     """Write {name: tensor}: read_safetensors' inverse. The file appears whole or not at all, and states its sha256."""
     names = {dtype: name for name, dtype in DTYPES.items()}
-    entries = {}
+    header = {}
     end = 0
     for name, tensor in tensors.items():
         start = end
         end += tensor.numel() * tensor.element_size()
-        entries[name] = (tensor.dtype, list(tensor.shape), start, end)
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     blobs = [tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for tensor in tensors.values()]
-    header = {"__metadata__": {"format": "pt", "sha256": sha256(entries, blobs)}}  # Hugging Face wants the format
-    for name, (dtype, shape, start, end) in entries.items():
-        header[name] = {"dtype": names[dtype], "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
+    metadata = {"format": "pt", "content_sha256": sha256(header, blobs)}  # Hugging Face wants the format
+    text = json.dumps({"__metadata__": metadata, **header}).encode()
     text += b" " * (-len(text) % 8)
     with whole(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
