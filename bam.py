@@ -402,7 +402,7 @@ def train_model(experiment, run, regime, tasks, teachers, folder):
         )  # fmt: skip
         tokenizer = Tokenizer(experiment.checkpoint)
         run.on_rank_0(tokenizer.save, folder, recipe.max_length)
-        run.on_rank_0(save_pretrained, model, folder, heads={task.name: task.labels for task in tasks})
+        run.on_rank_0(save_pretrained, model, folder)
     scores = evaluate(model, tasks, experiment.data, run, folder)
     for path in (folder / CHECKPOINT, folder / PREVIOUS):  # the weights have been written
         run.on_rank_0(path.unlink, missing_ok=True)

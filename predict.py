@@ -37,10 +37,11 @@ def finished_models(run, tasks, regime=None):
     return {name: folder for name, folder in folders.items() if not tasks or name in [task.name for task in tasks]}
 
 
-def load_model(folder, task):
-    """(model, the task with the label words it was trained with, its tokenizer) of a finished model's folder."""
-    heads = glue_data.read_json(folder / "config.json").get("heads", {})
-    return load_pretrained(folder), replace(task, labels=tuple(heads.get(task.name, task.labels))), Tokenizer(folder)
+def load_model(run, folder, task):
+    """(model, the task with the run's label words or scores, tokenizer, max_length) of a finished model's folder."""
+    config = glue_data.read_json(run / "config.json")
+    words = {"labels" if task.labels else "scores": tuple(config["labels"][task.name])}
+    return load_pretrained(folder), replace(task, **words), Tokenizer(folder), config["single"]["max_length"]
 
 
 def utf8(text):
@@ -65,8 +66,7 @@ def own_text(args, task):
 def label(args, task, folder):
     """Print label and probability, or score, for each line of somebody's own text."""
     first, second = own_text(args, task)
-    model, task, tokenizer = load_model(folder, task)
-    max_length = glue_data.read_json(Path(args.run) / "config.json")["single"]["max_length"]
+    model, task, tokenizer, max_length = load_model(args.run, folder, task)
     run = Run(None, args.device, args.precision)
     dataset = glue_data.text_dataset(task, first, second, tokenizer, max_length)
     logits = predict(model.to(run.device), dataset, task, run)  # (N, outputs)
@@ -108,10 +108,9 @@ def write_public(model, folder, task=None):
 
 def export(args, folders):
     """Write each task's model, and the encoder that several tasks share, as folders that Hugging Face loads."""
-    max_length = glue_data.read_json(Path(args.run) / "config.json")["single"]["max_length"]
     encoders = {}  # {folder of a model of several tasks: the first of them}
     for name, source in folders.items():
-        model, task, tokenizer = load_model(source, glue_data.find_task(name))
+        model, task, tokenizer, max_length = load_model(args.run, source, glue_data.find_task(name))
         targets = {Path(args.export) / name: task}
         if len(model.num_outputs) > 1 and not args.task and encoders.setdefault(source, name) == name:
             targets[Path(args.export) / "encoder"] = None
@@ -126,7 +125,7 @@ def main(argv=None):
     """The command."""
     parser = Parser("predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("run", metavar="RUN", help="run directory of an earlier bam.py")
+    add("run", metavar="RUN", type=Path, help="run directory of an earlier bam.py")
     add("file", metavar="FILE", nargs="?", help="a TSV of one's own: a line each, a tab between two sentences; or -")
     add("--task", help="whose head predicts, or is exported (default for --export: all)")
     add("--text", type=utf8, help="label one text, or with --text2 one pair")
@@ -140,7 +139,7 @@ def main(argv=None):
     if sum(given) != 1:
         parser.error("expected one of FILE, --text and --export")
     tasks = glue_data.resolve(args.task) if args.task else []
-    folders = finished_models(Path(args.run), tasks, args.regime)
+    folders = finished_models(args.run, tasks, args.regime)
     if args.export:
         return export(args, folders)
     if len(tasks) != 1:
