@@ -227,9 +227,8 @@ class Run:
 
     def catch_signals(self):
         """Stop at the next step, with everything saved, on the signals that terminals and schedulers send."""
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-            number = getattr(signal, name)
-            if name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:  # which nohup ignores
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # which nohup ignores
                 signal.signal(number, self.ask_to_stop)
 
     def ask_to_stop(self, number, _):
@@ -435,10 +434,8 @@ def show(text, end="\n", stream="stdout"):
     try:
         if getattr(sys, stream) is not None:
             print(text, end=end, file=getattr(sys, stream), flush=True)
-    except OSError:  # the reader or the terminal is gone
+    except (OSError, ValueError):  # the reader or the terminal is gone, or the stream is closed
         setattr(sys, stream, None)  # so that Python's last flush does not fail either
-    except ValueError:  # the stream is closed
-        pass
 
 
 def command(name, main, argv=None):
