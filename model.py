@@ -15,7 +15,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -270,8 +269,8 @@ def load_pretrained(folder, num_outputs=None, say=lambda line: None):
     found = read_weights(files, f"{config.model_type}.")
     new = {}  # the parts that get new values: {their prefix in the file: our name}
     if num_outputs is None:
-        heads = filter(None, map(re.compile(r"heads\.(.*)\.bias").fullmatch, found))
-        num_outputs = {head[1]: len(found[head[0]]) for head in heads}
+        biases = [name for name in found if name.startswith("heads.") and name.endswith(".bias")]
+        num_outputs = {name.removeprefix("heads.").removesuffix(".bias"): len(found[name]) for name in biases}
         if not num_outputs:
             raise CheckpointError(f"{files[0]}: no tensor 'heads.TASK.bias'; expected a model that bam.py has trained")
     else:
