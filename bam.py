@@ -264,11 +264,11 @@ def rehearse(model, dataset, targets, run):
 
 def training_identity(model, recipe, dataset, teacher_logits, seed):
     """A number that tells trainings apart, so that none resumes another's checkpoint."""
-    arrays = [dataset.input_ids, dataset.labels] + ([] if teacher_logits is None else [teacher_logits])
-    arrays.append(model.word_embeddings.weight[::100].detach().cpu().numpy())  # tells pre-trained encoders apart
+    weights = model.word_embeddings.weight[::100].detach().cpu().numpy()  # tells pre-trained encoders apart
     digest = hashlib.sha256(repr((model.config, recipe, seed)).encode())
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array))
+    for array in (dataset.input_ids, dataset.labels, teacher_logits, weights):
+        if array is not None:
+            digest.update(np.ascontiguousarray(array))
     return int.from_bytes(digest.digest()[:8], "little") >> 1  # 63 bits
 
 

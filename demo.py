@@ -176,7 +176,6 @@ def file_text(rng, task, split):
 
 
 def write(path, text):
-    path = path.resolve()  # of MNLI/../diagnostic
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, "utf-8")
 

@@ -191,9 +191,9 @@ def load_data(checkpoint, run, tasks, folder, max_length, limit):
     for task in tasks:
         for split, dataset in data[task.name].items():
             words = dataset.input_ids[~np.isin(dataset.input_ids, (tokenizer.cls_id, tokenizer.sep_id))]
-            unknown = np.mean(words == tokenizer.unk_id) if len(words) else 0
-            if unknown > 0.05:
-                share = f"{unknown:.0%} of the tokens of {task.folder} {split} are [UNK]"
+            unknown = np.sum(words == tokenizer.unk_id)
+            if unknown > 0.05 * len(words):
+                share = f"{unknown / len(words):.0%} of the tokens of {task.folder} {split} are [UNK]"
                 run.say(f"warning: {share}; is it the right tokenizer?")
     return data
 
