@@ -314,17 +314,18 @@ def train(model, dataset, teacher_logits, recipe, seed, run, folder=None, evalua
 
 
 @torch.no_grad()
-def predict(model, dataset, task, run, may_stop=True):
-    """One task's logits (N, its outputs) for every example of a dataset, dropout off, in the dataset's order."""
+def predict(model, dataset, run, may_stop=True):
+    """The logits (N, its task's outputs) of every example of a dataset of one task, dropout off, in its order."""
     model.eval()
-    outputs = torch.zeros(len(dataset), task.num_outputs, device=run.device)  # (N, outputs)
+    columns = model.columns[dataset.tasks[0].name]
+    outputs = torch.zeros(dataset.labels.shape, device=run.device)  # (N, outputs)
     share = np.arange(run.rank, len(dataset), run.world)  # this process's examples
     for examples in micro_batches(dataset, share, run.tokens_at_once):
         if may_stop and run.world == 1:  # stopping one process here would hang the all_reduce below
             run.stop_if_asked()
         batch = upload(pack(dataset, examples), run.device)
         logits = model(batch, run.bfloat16)  # (B, K)
-        outputs[batch.examples.long()] = logits[:, model.columns[task.name]]
+        outputs[batch.examples.long()] = logits[:, columns]
     run.all_reduce(outputs)
     return outputs.cpu().numpy()
 
@@ -336,7 +337,7 @@ def evaluate(model, tasks, data, run, folder):
         scores[task.name] = {}
         for split, _ in task.dev:
             dataset = data[task.name][split]
-            logits = predict(model, dataset, task, run)
+            logits = predict(model, dataset, run)
             scores[task.name][split] = score = glue_data.score(task, logits, dataset.labels)
             words = glue_data.answers(task, logits)
             predictions = glue_data.predictions_tsv(words, dataset.index)
@@ -353,7 +354,7 @@ def dev_scores(model, tasks, data, run):
     scores = {}
     for task in tasks:
         dataset = data[task.name][task.dev[0][0]]
-        logits = predict(model, dataset, task, run, may_stop=False)  # on a signal train() saves first
+        logits = predict(model, dataset, run, may_stop=False)  # on a signal train() saves first
         scores[task.name] = glue_data.score(task, logits, dataset.labels)[task.metrics[0]]
     return scores
 
@@ -413,7 +414,7 @@ def teacher_outputs(data, run, task, folder):
     """A teacher's logits (N, outputs) on the task's training set, in its order, symmetric tasks' swapped pairs too."""
     path = folder / f"{task.name}.train-logits.npy"
     if not run.exists(path):
-        logits = predict(load_pretrained(folder).to(run.device), data[task.name]["train"], task, run)
+        logits = predict(load_pretrained(folder).to(run.device), data[task.name]["train"], run)
         run.on_rank_0(write_whole, path, logits)
     try:
         return np.load(path)
@@ -446,7 +447,7 @@ def collect(folders, tasks):
     results = {}
     for name in [name + suffix for name in REGIMES for suffix in (TEACHER, "")]:
         for folder in folders:
-            trials = {int(path.name[6:]) for path in folder.glob("trial-*") if path.name[6:].isdecimal()}
+            trials = [int(path.name[6:]) for path in folder.glob("trial-[1-9]*") if path.name[6:].isdecimal()]
             for trial in sorted(trials):
                 top = folder / f"trial-{trial}" / name
                 scores = {}
@@ -512,7 +513,7 @@ def submit(experiment, run, folders, path):
             if folders[task.name] != loaded:  # a model of several tasks is loaded once
                 loaded = folders[task.name]
                 model = load_pretrained(loaded).to(run.device)
-            words = glue_data.answers(task, predict(model, dataset, task, run))
+            words = glue_data.answers(task, predict(model, dataset, run))
             predictions[name] = (words, dataset.index)
     if not predictions:
         return run.say(f"{path}: not written, since the data has no test files")

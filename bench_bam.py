@@ -119,7 +119,7 @@ class Ours:
 
     def predict(self, dataset):
         """The logits of a Dataset of one task."""
-        return bam.predict(self.model, dataset, dataset.tasks[0], self.run)
+        return bam.predict(self.model, dataset, self.run)
 
 
 class HuggingFace:

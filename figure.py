@@ -56,7 +56,7 @@ Stage = namedtuple("Stage", "trial regime task training dev scores num_steps")
 def read_run(folder):
     """(config.json or {}, a Stage for each folder of the run that holds a log or scores)."""
     stages = []
-    for path in sorted(folder.glob("trial-*/*/**/")):
+    for path in sorted(folder.glob("trial-[1-9]*/*/**/")):
         trial, regime, *task = path.relative_to(folder).parts
         log = path / "metrics.jsonl"
         lines = log.read_bytes().split(b"\n")[:-1] if log.exists() else []  # the last line may be half written

@@ -69,7 +69,7 @@ def label(args, task, folder):
     model, task, tokenizer, max_length = load_model(args.run, folder, task)
     run = Run(None, args.device, args.precision)
     dataset = glue_data.text_dataset(task, first, second, tokenizer, max_length)
-    logits = predict(model.to(run.device), dataset, task, run)  # (N, outputs)
+    logits = predict(model.to(run.device), dataset, run)  # (N, outputs)
     print("prediction\tprobability" if task.labels else "prediction")
     probabilities = torch.tensor(logits).softmax(-1).amax(-1)
     for word, probability in zip(glue_data.answers(task, logits), probabilities, strict=True):

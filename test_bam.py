@@ -1782,11 +1782,11 @@ def test_processes_share_the_predictions():
     model = tiny_model(std=0.2)
     with one_thread():
         run = Run(None, "cpu", "float32")
-        expected = bam.predict(model, data, TASKS["rte"], run)
+        expected = bam.predict(model, data, run)
         found = []
         for run.rank, run.world, run.tokens_at_once in ((0, 2, 60), (1, 2, 30)):
             run.all_reduce = lambda outputs: found.append(outputs.clone())
-            bam.predict(model, data, TASKS["rte"], run)
+            bam.predict(model, data, run)
     np.testing.assert_allclose(sum(found), expected, atol=1e-6)
 
 
@@ -2329,7 +2329,8 @@ def test_figure_prints_the_median_and_the_average_within_trials(tmp_path):
 def test_figure_pools_runs(tmp_path):
     """Runs with the scores 60, 70 and 80, 95 are four trials with the median 75, drawn in the first run's folder."""
     first = write_run(tmp_path / "first", trials=[[60], [70]])
-    shutil.copytree(first / "trial-1", first / "trial-1-backup")  # which is no trial
+    for name in ("trial-1-backup", "trial-01"):  # which are no trials
+        shutil.copytree(first / "trial-1", first / name)
     shutil.copytree(first / "trial-1/single/rte", first / "trial-1/single/rte-old")  # nor is this a model of the run's
     tree, words = drawn(first, write_run(tmp_path / "second", trials=[[80], [95]]))
     assert circles(tree, "single") == 4 + 1 and "75.0" in words and "tasks 1 · trials 4 · seed 7, 7" in words
