@@ -441,7 +441,7 @@ def left_out(bench):
     patches = {
         "compiling": (bench.model, "compiled", None),
         "micro-batches": (bench.run, "tokens_at_once", 2**40),
-        "fused AdamW": (bam, "adamw", lambda *words, **more: adamw(*words, **more | {"fused": False, "foreach": False})),
+        "fused AdamW": (bam, "adamw", lambda *args, **more: adamw(*args, **more | {"fused": False, "foreach": False})),
         "only [CLS] at the end": (bert.BertLayer, "forward", every_token),
         "buckets by length": (bam, "upload", ops.upload_padded),
         "16-bit dropout": (ops, "dropout_mask", float_mask),

@@ -5,7 +5,7 @@
     attention          inside each sequence                  attend, Padded for accelerators, Buckets for a CPU
 
 On an accelerator the whole encoder is compiled, so that each fused operation becomes a product and one kernel. The two
-layouts for attention have one meaning: Padded takes one call of PyTorch's attention; Buckets pad less, which pays on a CPU.
+layouts for attention have one meaning: Padded is a call of PyTorch's attention; Buckets pad less, for a CPU.
 
 Dimension letters: B sequences, T tokens, H hidden size, A attention heads, D = H / A, F feed-forward size. Attention
 alone pads: B sequences, or the n of a bucket, to the L tokens of the longest.
@@ -92,7 +92,7 @@ def upload_padded(batch, device):
     flat = torch.from_numpy(np.concatenate(arrays, dtype=np.int32, casting="same_kind"))
     if device.type == "cuda":
         flat = flat.pin_memory()
-        # With a mask, cuDNN's attention has NaN gradients at some sizes (pytorch#196678); memory-efficient attention not.
+        # With a mask, cuDNN's attention has NaN gradients at some sizes (pytorch#196678); the memory-efficient not.
         torch.backends.cuda.enable_cudnn_sdp(False)
     flat = flat.to(device, non_blocking=device.type == "cuda")
     *tokens, cls, pad, unpad, lengths, examples = flat.split([len(array) for array in arrays])

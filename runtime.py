@@ -293,7 +293,7 @@ def within_memory(function):
                 if run.tokens_at_once < 2 * MIN_TOKENS:
                     raise
             run.tokens_at_once //= 2  # outside of the handler, whose error holds on to the memory
-            run.say(f"out of memory: from now on {run.tokens_at_once} tokens at once; the same gradient but for dropout")
+            run.say(f"out of memory: now {run.tokens_at_once} tokens at once; the same gradient but for dropout")
             model.zero_grad(set_to_none=False)
 
     return call

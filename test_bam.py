@@ -1768,7 +1768,7 @@ def test_a_batch_that_does_not_fit_is_split(training, monkeypatch):
 
     monkeypatch.setattr(MultiTaskBert, "forward", forward)
     values, said = training()
-    words = "out of memory: from now on {} tokens at once; the same gradient but for dropout"
+    words = "out of memory: now {} tokens at once; the same gradient but for dropout"
     assert said.splitlines()[:-1] == [words.format(tokens) for tokens in (400, 200, 100, 50)]
     torch.testing.assert_close(values, undisturbed, atol=1e-6, rtol=1e-5)
     monkeypatch.setattr(runtime, "MIN_TOKENS", 512)  # where halving does not help, the error remains

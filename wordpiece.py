@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint: BERT's WordPiece, with the settings that the checkpoint's files state. `tokenizers`."""
+"""The tokenizer of a checkpoint: BERT's WordPiece, with the settings that its files state. `tokenizers`."""
 
 import hashlib
 import json
