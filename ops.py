@@ -5,7 +5,7 @@
     attention          inside each sequence                  attend, Padded for accelerators, Buckets for a CPU
 
 On an accelerator the whole encoder is compiled, so that each fused operation becomes a product and one kernel. The two
-layouts for attention have one meaning: Padded is a call of PyTorch's attention; Buckets pad less, for a CPU.
+layouts for attention have one meaning: Padded is one call of PyTorch's attention; Buckets, for a CPU, pad less.
 
 Dimension letters: B sequences, T tokens, H hidden size, A attention heads, D = H / A, F feed-forward size. Attention
 alone pads: B sequences, or the n of a bucket, to the L tokens of the longest.
