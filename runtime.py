@@ -168,16 +168,20 @@ class Run:
         """Find the other processes."""
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         show(f"process {self.rank} waits at {where} for all {self.world}, {wait_minutes:g} minutes at most")
+        timeout = datetime.timedelta(minutes=wait_minutes)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=wait_minutes))
+            dist.init_process_group("nccl", timeout=timeout, device_id=self.device)
+        else:
+            dist.init_process_group("gloo", timeout=timeout)
 
     def __enter__(self):
         return self
 
     def __exit__(self, error, *_):
         self.files.close()
+        if self.compile:  # what its user compiles next is none of ours
+            torch.compiler.set_stance("default")
         if self.world > 1 and error is None:
             dist.destroy_process_group()
 

@@ -818,30 +818,32 @@ def test_fresh_weights():
     assert (model.embeddings_norm.weight == 1).all()
 
 
-def logits_and_gradients(model, compiled, lengths, device):
+def logits_and_gradients(model, compiled, lengths, device, bfloat16):
     """One training pass over sequences of these lengths, as on an accelerator: (logits, gradients by Adam's views)."""
     optimizer = bam.Adam(model.to(device), bam.SINGLE)
     model.compiled = compiled
-    logits = model.train()(random_batch(model.config, lengths, device, ops.upload_padded))
+    logits = model.train()(random_batch(model.config, lengths, device, ops.upload_padded), bfloat16)
     logits.square().sum().backward()
     return logits.detach(), optimizer.gradients.clone()
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-@devices
-def test_the_encoder_compiles_to_one_graph(device, monkeypatch):
+@pytest.mark.parametrize("device, bfloat16, bound", [
+    ("cpu", False, 1e-5), pytest.param("cuda", False, 1e-4, marks=gpu), pytest.param("cuda", True, 0.05, marks=gpu),
+])  # fmt: skip
+def test_the_encoder_compiles_to_one_graph(device, bfloat16, bound, monkeypatch):
     """After a first batch, in which B is L, no other number of sequences or tokens, no single sequence, and no other
     model of this shape compiles anything; logits and gradients, in the optimizer's vector, are the eager ones."""
     monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)  # with `default` torch's compiler writes C++ that is none
-    config = replace(TINY, num_hidden_layers=2)
-    bound = 1e-5 if device == "cpu" else 1e-4
+    config = replace(TINY, num_hidden_layers=2, hidden_size=32)  # heads of 8, as a GPU's attention in bfloat16 wants
+    how = device, bfloat16
     compiled_encoder = ops.compiled(MultiTaskBert.pooled_output)
-    logits_and_gradients(tiny_model(config, rte=2), compiled_encoder, [8] * 7, device)  # and the one that nobody reads
+    logits_and_gradients(tiny_model(config, rte=2), compiled_encoder, [8] * 7, *how)  # and the one that nobody reads
     batches = [[5], [12, 3, 3, 9, 30], [16] * 4, [8] * 7, [40], [7] * 9, [2, 2], [40] * 40, [33, 2, 5], LENGTHS]
     with torch.compiler.set_stance("fail_on_recompile"):
         for lengths, outputs in zip(batches, itertools.cycle([{"rte": 2}, {"mnli": 3, "stsb": 1}])):
-            found = logits_and_gradients(tiny_model(config, **outputs), compiled_encoder, lengths, device)
-            expected = logits_and_gradients(tiny_model(config, **outputs), None, lengths, device)
+            found = logits_and_gradients(tiny_model(config, **outputs), compiled_encoder, lengths, *how)
+            expected = logits_and_gradients(tiny_model(config, **outputs), None, lengths, *how)
             for one, right in zip(found, expected, strict=True):
                 torch.testing.assert_close(one, right, atol=bound * right.abs().max().item(), rtol=bound)
 
@@ -2775,7 +2777,8 @@ def test_a_compiled_step_on_a_gpu_reads_nothing_from_it():
     """The same on a real one, where PyTorch makes an error of every wait."""
     run = Run(None, "cuda")
     dataset = drawn_examples("mnli", "stsb")
-    ours = bench_bam.variant_of("ours", run, tiny_model(BENCHED, mnli=3, stsb=1).to(run.device), dataset)
+    config = replace(BENCHED, hidden_size=32)  # heads of 8, as its attention in bfloat16 wants
+    ours = bench_bam.variant_of("ours", run, tiny_model(config, mnli=3, stsb=1).to(run.device), dataset)
     bam.rehearse(ours.model, dataset, ours.targets, run)
     ours.step(np.arange(60))
     assert run.compile
