@@ -33,8 +33,8 @@ from inputs import checkpoint_folder, data_folder, identity, load_data, parse_ar
 from model import WEIGHTS, load_pretrained, save_pretrained
 from ops import upload
 from runtime import (
-    CHECKPOINT, PREVIOUS, Progress, Run, command, differences, resume, save_checkpoint, show, to_json, within_memory,
-    write_whole,
+    CHECKPOINT, PREVIOUS, Progress, Run, command, differences, release_memory, resume, save_checkpoint, show, to_json,
+    within_memory, write_whole,
 )  # fmt: skip
 from wordpiece import Tokenizer
 
@@ -395,6 +395,7 @@ def train_model(experiment, run, regime, tasks, teachers, folder):
         if teachers:
             outputs = [average_teacher(experiment.of_teachers.data, run, task, teachers) for task in tasks]
             teacher_logits = block_diagonal(outputs)  # (N, K), examples in the dataset's order
+        release_memory()  # of the models before
         torch.manual_seed(seed)
         model = load_pretrained(experiment.checkpoint, {task.name: task.num_outputs for task in tasks}).to(run.device)
         recipe = experiment.multi if regime.multi else experiment.single

@@ -10,6 +10,7 @@ wait, and to stop.
 """
 
 import contextlib
+import ctypes
 import datetime
 import fcntl
 import functools
@@ -70,6 +71,12 @@ def first_line(error):
 
 
 # -------------------------------------------------------------------------------------------------------------- device
+
+
+def release_memory():
+    """Return freed memory to the system, which glibc keeps: what each model leaves would add up."""
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def find_device(name, rank, world):
