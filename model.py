@@ -85,7 +85,7 @@ class BertLayer(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding without first values on the meta device, for which PyTorch would load its compiler, in 2 s."""
+    """nn.Embedding without values on the meta device: PyTorch would load its compiler to draw them, which takes 2 s."""
 
     def reset_parameters(self):
         if not self.weight.is_meta:

@@ -38,10 +38,10 @@ def finished_models(run, tasks, regime=None):
 
 
 def load_model(run, folder, task):
-    """(model, the task with the run's label words or scores, tokenizer, max_length) of a finished model's folder."""
+    """(model, the task with the run's labels or score range, tokenizer, max_length) of a finished model's folder."""
     config = glue_data.read_json(run / "config.json")
-    words = {"labels" if task.labels else "scores": tuple(config["labels"][task.name])}
-    return load_pretrained(folder), replace(task, **words), Tokenizer(folder), config["single"]["max_length"]
+    trained_with = {"labels" if task.labels else "scores": tuple(config["labels"][task.name])}
+    return load_pretrained(folder), replace(task, **trained_with), Tokenizer(folder), config["single"]["max_length"]
 
 
 def utf8(text):

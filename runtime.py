@@ -73,12 +73,6 @@ def first_line(error):
 # -------------------------------------------------------------------------------------------------------------- device
 
 
-def release_memory():
-    """Return freed memory to the system, which glibc keeps: what each model leaves would add up."""
-    with contextlib.suppress(AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def find_device(name, rank, world):
     """The torch.device of this name; auto: cuda where there is one. Each of several processes takes its own card: the
     one that torchrun says, or else the next in turn."""
@@ -100,6 +94,12 @@ def multiplies_bfloat16(device):
     cpu = Path("/proc/cpuinfo")  # Linux's
     flags = cpu.read_text().split() if cpu.exists() else []
     return device.type == "cpu" and not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
+
+
+def release_memory():
+    """Return freed memory to the system, which glibc keeps: what each model leaves would add up."""
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def processes():
