@@ -243,7 +243,7 @@ def add_gradients(model, dataset, targets, examples, gold_weight, seed, run):
     with the same clip, a mean would be another algorithm.
     """
     seed_device = torch.cuda.manual_seed_all if run.device.type == "cuda" else torch.manual_seed
-    seed_device(seed)  # torch.manual_seed serves CUDA too, but takes 0.3 ms of the host
+    seed_device(seed)  # torch.manual_seed serves CUDA too, but first asks for devices that are not there
     weight = torch.full((), gold_weight, device=run.device)
     total = torch.zeros((), device=run.device)
     for part in micro_batches(dataset, examples, run.tokens_at_once):
