@@ -14,6 +14,7 @@ the full model's operations over real tokens, whatever a variant adds by padding
 """
 
 import argparse
+import collections
 import functools
 import importlib.util
 import json
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -425,6 +427,22 @@ def most_bytes_made(run, step, batch):
     return ledger.most_bytes
 
 
+def profile(bench):
+    """Record mixed steps of ours in torch's profiler: how long kernels (on a CPU, operators) run, and the longest."""
+    batches = bench.examples.batches(bench.steps, bam.MULTI.batch_size)
+    with torch.profiler.profile() as profiler:
+        clock(bench.run, bench.variants["ours"].step, batches)
+    events = [event for event in profiler.events() if (event.device_type == DeviceType.CPU) == bench.on_cpu]
+    seconds = collections.Counter()  # a step's, by name
+    for event in events:
+        time_total = event.self_cpu_time_total if bench.on_cpu else event.self_device_time_total  # microseconds
+        seconds[event.name] += time_total / 1e6 / bench.steps
+    print("\nprofile: a mixed step, how long it keeps the device busy and with what")
+    bench.record("profile", "ours", seconds=seconds.total(), note=f"{len(events) / bench.steps:.0f} kernels or operators")
+    for name, value in seconds.most_common(8):
+        bench.record("profile", name[:28], seconds=value)
+
+
 def left_out(bench):
     """{optimization: (object, attribute, the value that leaves it out)}."""
     layer = bert.BertLayer.forward
@@ -581,6 +599,7 @@ def main(argv=None):
         predicting(bench)
         if not args.quick:
             memory(bench)
+            profile(bench)
             ablations(bench)
             tokenizing(bench)
         if args.scale:

@@ -2678,6 +2678,8 @@ def test_bench_measures_everything(bench):
     assert found["memory", "ours"]["peak_bytes"] > 16 * found["memory", "ours"]["parameters"]
     assert found.keys() >= {("tokenize", "ours"), ("tokenize", "hf_default"), ("memory", "hf_best")}
     assert len({variant for name, variant in found if name == "ablation"}) == 7
+    busy, *longest = [line["seconds"] for line in lines if line["name"] == "profile"]
+    assert 0 < sum(longest) <= busy and longest == sorted(longest, reverse=True) and "aten::mm" in stdout
     assert [line["at"] for line in lines if line["name"].startswith("scale")] == [3, 20, "tiny"]
     assert re.search(r"hf_default +\d+\.\d ex/s +\d+ tok/s +\d+\.\d% of peak +ours ×", stdout)
 
