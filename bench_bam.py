@@ -435,12 +435,12 @@ def profile(bench):
     events = [event for event in profiler.events() if (event.device_type == DeviceType.CPU) == bench.on_cpu]
     seconds = collections.Counter()  # a step's, by name
     for event in events:
-        time_total = event.self_cpu_time_total if bench.on_cpu else event.self_device_time_total  # microseconds
-        seconds[event.name] += time_total / 1e6 / bench.steps
-    print("\nprofile: a mixed step, how long it keeps the device busy and with what")
-    bench.record("profile", "ours", seconds=seconds.total(), note=f"{len(events) / bench.steps:.0f} kernels or operators")
-    for name, value in seconds.most_common(8):
-        bench.record("profile", name[:28], seconds=value)
+        microseconds = event.self_cpu_time_total if bench.on_cpu else event.self_device_time_total
+        seconds[event.name] += microseconds / 1e6 / bench.steps
+    print("\nprofile: how long a mixed step keeps the device busy, and with what for longest")
+    calls = f"{len(events) / bench.steps:.0f} {'operators' if bench.on_cpu else 'kernels and copies'}"
+    for name, value in [(calls, seconds.total()), *seconds.most_common(8)]:
+        bench.record("profile", "ours", seconds=value, note=name)
 
 
 def left_out(bench):

@@ -141,7 +141,7 @@ class Run:
         self.save_steps = save_steps
         self.saved_at = time.monotonic()
         self.compile = compile and self.device.type == "cuda"
-        self.compiled = set()  # configurations of the models whose encoder is
+        self.compiled_shapes = set()  # the configurations of models that have been compiled
         self.evaluate_every = evaluate_every
         self.asked_at = None  # when a signal last asked to stop
         self.live = self.rank == 0 and sys.stdout is not None and sys.stdout.isatty()
@@ -277,9 +277,9 @@ class Run:
         (no compiler, an old card, an unwritable cache), say so in one line, and leave the model uncompiled."""
         if not self.compile:
             return
-        if model.config not in self.compiled:  # for others of the same shape nothing is compiled
+        if model.config not in self.compiled_shapes:  # else its graph is there
             self.say("compiling the encoder takes a minute or two")
-            self.compiled.add(model.config)
+            self.compiled_shapes.add(model.config)
         try:
             torch.compiler.set_stance("default")
             model.compiled = compiled(type(model).pooled_output)
