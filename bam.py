@@ -28,13 +28,14 @@ from torch.optim.adamw import adamw
 import demo
 import figure
 import glue_data
-from glue_data import InputError, block_diagonal, concatenate, micro_batches, pack, read_json, sample_schedule
+import table
+from glue_data import InputError, block_diagonal, concatenate, micro_batches, pack, sample_schedule
 from inputs import checkpoint_folder, data_folder, identity, load_data, parse_args, recipes
 from model import WEIGHTS, load_pretrained, save_pretrained
 from ops import upload
 from runtime import (
-    CHECKPOINT, PREVIOUS, Progress, Run, command, differences, release_memory, resume, save_checkpoint, show, to_json,
-    within_memory, write_whole,
+    CHECKPOINT, PREVIOUS, Progress, Run, command, release_memory, resume, save_checkpoint, to_json, within_memory,
+    write_whole,
 )  # fmt: skip
 from wordpiece import Tokenizer
 
@@ -74,20 +75,20 @@ DEMO_MULTI = replace(DEMO_SINGLE, batch_size=64)
 class Regime:
     """A row of the paper's table: who is trained, and on whose outputs."""
 
-    label: str
     multi: bool  # one model for all tasks, or one for each
     teacher: str | None = None  # the regime whose models teach; None: gold labels alone
 
 
 REGIMES = {
-    "single": Regime("Single", multi=False),
-    "multi": Regime("Multi", multi=True),
-    "single-single": Regime("Single→Single", multi=False, teacher="single"),
-    "multi-multi": Regime("Multi→Multi", multi=True, teacher="multi"),
-    "single-multi": Regime("Single→Multi", multi=True, teacher="single"),  # BAM
-    "single-multi-single": Regime("Single→Multi→Single", multi=False, teacher="single-multi"),
-    "single-multi-single-multi": Regime("Single→Multi→Single→Multi", multi=True, teacher="single-multi-single"),
+    "single": Regime(multi=False),
+    "multi": Regime(multi=True),
+    "single-single": Regime(multi=False, teacher="single"),
+    "multi-multi": Regime(multi=True, teacher="multi"),
+    "single-multi": Regime(multi=True, teacher="single"),  # BAM
+    "single-multi-single": Regime(multi=False, teacher="single-multi"),
+    "single-multi-single-multi": Regime(multi=True, teacher="single-multi-single"),
 }
+assert list(REGIMES) == list(figure.REGIMES)  # which has their labels, for table and picture
 
 TEACHER = "-teacher"  # ends the names of rows and folders of --teacher-checkpoint's models: single-teacher/rte
 
@@ -437,69 +438,7 @@ def model_seed(seed, path):
     return int.from_bytes(hashlib.sha256(f"{seed}/{path.as_posix()}".encode()).digest()[:4], "little") >> 1
 
 
-# ----------------------------------------------------------------------------------- the paper's table, the submission
-
-
-BASELINES = ("single", "multi")  # those that the paper's significance tests compare with
-
-
-def collect(folders, tasks):
-    """{regime: [{task: {split: {metric: percent}}} of each trial that is finished]} of one or several run directories.
-    With --teacher-checkpoint the teachers are regimes of their own."""
-    results = {}
-    for name in [name + suffix for name in REGIMES for suffix in (TEACHER, "")]:
-        for folder in folders:
-            trials = [int(path.name[6:]) for path in folder.glob("trial-[1-9]*") if path.name[6:].isdecimal()]
-            for trial in sorted(trials):
-                top = folder / f"trial-{trial}" / name
-                scores = {}
-                for path in (top / "scores.json", *(top / task.name / "scores.json" for task in tasks)):
-                    if path.exists():  # a model of all tasks, or of one
-                        scores |= read_json(path)
-                if len(scores) == len(tasks):
-                    results.setdefault(name, []).append(scores)
-    return results
-
-
-def summarize(results, tasks):
-    """{regime: {"trials": their number, column: {median, least, greatest, p against Single, p against Multi}}}; the
-    columns are the average of the tasks, taken within each trial, and each task's own metric of the paper."""
-    columns = {}  # {regime: {column: one value a trial}}
-    for name, trials in results.items():
-        of_task = {t.name: np.array([s[t.name][t.dev[0][0]][t.metrics[0]] for s in trials], float) for t in tasks}
-        columns[name] = {"Avg": np.mean(list(of_task.values()), axis=0), **of_task}
-    summary = {}
-    for name, row in columns.items():
-        summary[name] = {"trials": len(results[name])}
-        for column, values in row.items():
-            cell = {"median": np.median(values), "least": values.min(), "greatest": values.max()}
-            for baseline in BASELINES:
-                if baseline in columns and baseline != name and len(values) > 1:
-                    cell[f"p_{baseline}"] = glue_data.mann_whitney_p(values, columns[baseline][column])
-            summary[name][column] = cell
-    return summary
-
-
-def table(summary, tasks):
-    """The paper's table with this run's rows; over several trials also the spread, and p against Single and Multi."""
-    columns = ["Avg", *(task.name for task in tasks)]
-    folders = [task.folder for task in tasks]
-    headings = [task.folder if folders.count(task.folder) == 1 else task.name for task in tasks]
-    rows = [["Model", "Avg", *headings]]
-    for name, row in summary.items():
-        suffix = ", teacher" if name.endswith(TEACHER) else ""
-        formats = {REGIMES[name.removesuffix(TEACHER)].label + suffix: "{median:.1f}"}  # {label: a cell's format}
-        if row["trials"] > 1:
-            formats[f"  {row['trials']} trials"] = "{least:.1f}–{greatest:.1f}"
-        for baseline in BASELINES:
-            if f"p_{baseline}" in row["Avg"]:
-                formats[f"  p against {REGIMES[baseline].label}"] = f"{{p_{baseline}:.3f}}"
-        rows += [[label, *(cell.format(**row[column]) for column in columns)] for label, cell in formats.items()]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    lines.insert(1, "-" * len(lines[0]))
-    metrics = ", ".join(f"{heading} {task.metrics[0]}" for heading, task in zip(headings, tasks, strict=True))
-    return "\n".join([*lines, "", f"GLUE dev, percent: {metrics}."]) + "\n"
+# ------------------------------------------------------------------------------------------------------ the submission
 
 
 def submit(experiment, run, folders, path):
@@ -557,49 +496,11 @@ def load_experiment(args, run):
     return experiment
 
 
-def report(run, tasks):
-    """Write results.json, table.txt and figure.svg, and print the table."""
-    results = collect([run.folder], tasks)
-    summary = summarize(results, tasks)
-    write_whole(run.folder / "results.json", to_json({**results, "summary": summary}))
-    write_whole(run.folder / "table.txt", table(summary, tasks))
-    run.say("\n" + table(summary, tasks))
-    try:
-        figure.draw(run.folder)
-    except ValueError as error:  # a damaged metrics.jsonl does not undo a finished run
-        run.say(f"no figure.svg: {error}")
-
-
-def compare(folders):
-    """Print one table over run directories, and in what else than the seed their configurations differ."""
-    for folder in folders:
-        if not (folder / "config.json").exists():
-            raise InputError(f"--table: {folder} is no run directory of bam.py")
-    configs = [read_json(folder / "config.json") for folder in folders]
-    for folder, config in zip(folders, configs, strict=True):
-        if not config.get("tasks") or config["tasks"] != configs[0]["tasks"]:
-            problem = f"has the tasks {config.get('tasks')}, and {folders[0]} {configs[0].get('tasks')}"
-            raise InputError(f"--table: {folder} {problem}; expected runs of bam.py with the same tasks")
-        for name, value, first in differences(config, configs[0]):
-            if name != "seed":
-                show(f"warning: {folder} is pooled, but its {name} is {value!r}, and {first!r} in {folders[0]}")
-    if len({to_json(config) for config in configs}) < len(configs):
-        raise InputError("--table: two of the runs are the same, and their seed too; expected another seed")
-    tasks = [glue_data.find_task(name) for name in configs[0]["tasks"]]
-    results = collect(folders, tasks)
-    if not results:
-        raise InputError("--table: no regime is finished in these folders")
-    for folder in folders:
-        if unfinished := results.keys() - collect([folder], tasks).keys():
-            show(f"warning: {folder} has no finished {', '.join(sorted(unfinished))}")
-    show(table(summarize(results, tasks), tasks), end="")
-
-
 def main(argv=None):
     """Train every regime in every trial, then report."""
     args = parse_args(argv, __doc__, (SINGLE, MULTI), REGIMES)
     if args.table:
-        return compare(args.table)
+        return table.compare(args.table)
     with Run(
         args.out, args.device, args.precision, save_minutes=args.save_minutes, save_steps=args.save_steps,
         compile=args.compile, wait_minutes=args.wait_minutes, evaluate_every=args.evaluate_every,
@@ -611,7 +512,7 @@ def main(argv=None):
             for name in args.regime:  # by default single-multi, whose teachers are trained by recursion
                 folders = run_regime(experiment, run, name, trial)
                 submit(experiment, run, folders, run.folder / f"trial-{trial}" / name / "submission.zip")
-        run.on_rank_0(report, run, experiment.tasks)
+        run.on_rank_0(table.report, run, experiment.tasks)
 
 
 if __name__ == "__main__":

@@ -2,27 +2,23 @@
 
     tasks        what GLUE says of each task                         TASKS, resolve
     reading      TSV files to sentences and labels                   read_split, read_sentences
-    tokenizing   sentences to token ids                              Dataset, load_glue, text_dataset
+    tokenizing   sentences to token ids                              Dataset, load_dataset, text_dataset
     mixing       several tasks to one stream of examples             concatenate, sample_schedule
     batches      examples to one row of tokens                       micro_batches, pack
-    metrics      outputs to the figures of the paper's table         score, mann_whitney_p
+    metrics      outputs to the figures of the paper's table         score
     submission   outputs to what gluebenchmark.com accepts           answers, submission_zip
 
 Dimension letters: N examples, T tokens, B sequences of a batch, K outputs (labels, or one for a score) of a task or of
 several tasks side by side.
 """
 
-import contextlib
-import hashlib
 import io
 import json
-import os
 import re
 import zipfile
 from array import array
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist
 
 import numpy as np
 
@@ -342,36 +338,6 @@ def truncated_lengths(len_a, len_b, limit):
     return min(len_a, max(limit - half_b, limit - len_b)), min(len_b, max(half_b, limit - len_a))
 
 
-def load_glue(tasks, root, tokenizer, max_length, limit, cache):
-    """{task: {split: Dataset}} of every file that is there; of WNLI the test split in any case, for the submission."""
-    data = {}
-    for task in dict.fromkeys([*tasks, TASKS["wnli"]]):
-        tests = [split for split, file in task.test if (root / task.folder / file).exists()]
-        splits = ["train", *dict(task.dev), *tests] if task in tasks else tests
-        data[task.name] = {}
-        for split in splits:
-            arguments = task, split, root, tokenizer, max_length, limit if split == "train" else None
-            data[task.name][split] = load_cached(cache, *arguments)
-    return data
-
-
-def load_cached(cache, task, split, root, tokenizer, *settings):
-    """load_dataset; the folder `cache` keeps its arrays for the same file, tokenizer, settings and code."""
-    data = read_file(root / task.folder / task.files[split], "a file of GLUE")
-    key = repr((task, split, settings, tokenizer.fingerprint())).encode() + Path(__file__).read_bytes() + data
-    path = cache / f"{task.name}-{split}-{hashlib.sha256(key).hexdigest()[:16]}.npz"
-    if path.exists():
-        with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(path) as arrays:
-            return Dataset((task,), **arrays)
-    dataset = load_dataset(task, split, root, tokenizer, *settings)
-    arrays = {field.name: getattr(dataset, field.name) for field in fields(dataset)[1:]}
-    cache.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(f".{os.urandom(8).hex()}.npz")
-    np.savez(beside, **arrays)
-    beside.replace(path)
-    return dataset
-
-
 def describe_examples(dataset, examples):
     """The files and lines of training examples, for an error message."""
     descriptions = []
@@ -521,28 +487,6 @@ def score(task, logits, labels):
     """{metric: percent} of outputs and labels, both (N, K), the paper's metric first."""
     true, predicted = (outputs[:, 0] if task.is_regression else outputs.argmax(1) for outputs in (labels, logits))
     return {name: 100 * float(METRICS[name](true, predicted)) for name in task.metrics}
-
-
-def mann_whitney_p(a, b):
-    """Two-sided p of the Mann-Whitney U test, the paper's. Exact for small samples without ties, else the normal
-    approximation with tie and continuity corrections: the same choice as scipy.stats.mannwhitneyu."""
-    n, m = len(a), len(b)
-    values = np.concatenate([a, b])
-    if np.isnan(values).any():
-        return float("nan")
-    u = ranks(values)[:n].sum() - n * (n + 1) / 2
-    u = max(u, n * m - u)
-    _, ties = np.unique(values, return_counts=True)
-    if min(n, m) <= 8 and ties.max() == 1:
-        counts = np.zeros((n + 1, n * m + 1))  # counts[i, s]: ways in which i values of a have s values of b below them
-        counts[0, 0] = 1
-        for below in range(1, m + 1):  # how many values of b lie below one value of a; U is their sum
-            for i in range(1, n + 1):
-                counts[i, below:] += counts[i - 1, :-below]
-        counts = counts.sum(0)  # the other n - i values of a are below all of b
-        return float(min(1.0, 2 * counts[int(u) :].sum() / counts.sum()))
-    variance = n * m / 12 * (n + m + 1 - (ties**3 - ties).sum() / ((n + m) * (n + m - 1)))
-    return 1.0 if variance == 0 else min(1.0, 2 * NormalDist().cdf(-(u - n * m / 2 - 0.5) / variance**0.5))
 
 
 # ---------------------------------------------------------------------------------------------------------- submission
