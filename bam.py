@@ -34,7 +34,7 @@ from inputs import checkpoint_folder, data_folder, identity, load_data, parse_ar
 from model import WEIGHTS, load_pretrained, save_pretrained
 from ops import upload
 from runtime import (
-    CHECKPOINT, PREVIOUS, Progress, Run, command, release_memory, resume, save_checkpoint, to_json, within_memory,
+    Progress, Run, command, discard_checkpoints, release_memory, resume, save_checkpoint, to_json, within_memory,
     write_whole,
 )  # fmt: skip
 from wordpiece import Tokenizer
@@ -54,8 +54,8 @@ class Recipe:
 
     learning_rate: float = setting(5e-5, "peak rate; higher for the larger batches of several tasks")
     batch_size: int = setting(32, "examples a step; larger where tasks mix", low=1)
-    epochs: float = setting(3.0, "steps = epochs · examples / batch_size, at least one, for any exponent", 1e-3, 1e6)
-    warmup: float = setting(0.1, "part of the steps over which the rate rises from 0; Adam needs it here", high=1)
+    epochs: float = setting(3.0, "steps = epochs · examples / batch_size, at least 1, with any exponent", 1e-3, 1e6)
+    warmup: float = setting(0.1, "part of the steps in which the rate rises from 0, as Adam needs here", high=1)
     layer_decay: float = setting(0.9, "α: a layer's rate is α times that of the layer above; low layers are general")
     weight_decay: float = setting(0.01, "decoupled; not on biases and LayerNorm")
     clip_norm: float = setting(1.0, "largest norm of a batch's summed gradient; active at nearly every step", low=1e-9)
@@ -90,8 +90,6 @@ REGIMES = {
 }
 assert list(REGIMES) == list(figure.REGIMES)  # which has their labels, for table and picture
 
-TEACHER = "-teacher"  # ends the names of rows and folders of --teacher-checkpoint's models: single-teacher/rte
-
 
 @dataclass(frozen=True)
 class Experiment:
@@ -105,12 +103,7 @@ class Experiment:
     seed: int = 0
     copies: int = 1  # --teachers: seeds of each teacher; their outputs are averaged
     teacher_experiment: "Experiment | None" = None  # trains the teachers, with --teacher-checkpoint
-    suffix: str = ""  # ends the names of its regimes' folders: TEACHER in a teacher_experiment
-
-    @property
-    def of_teachers(self):
-        """The experiment that trains the teachers: this one, unless they have another checkpoint."""
-        return self.teacher_experiment or self
+    suffix: str = ""  # ends the names of its regimes' folders: "-teacher" in a teacher_experiment
 
 
 # ------------------------------------------------------------------------------------- the idea (the paper, section 3)
@@ -127,8 +120,8 @@ def annealing_weight(step, num_steps, constant=None):
 
 
 def distillation_loss(logits, labels, teacher_logits, own, regression, gold_weight):
-    """Each example's loss (B,) against λ · gold + (1 − λ) · teacher: cross-entropy, with the softmax of the teacher's
-    logits (temperature 1), or squared error, with its score (the original's bam/task_specific).
+    """Each example's loss (B,) against λ · gold + (1 − λ) · teacher: cross-entropy, where the teacher's part is the
+    softmax of its logits (temperature 1), or squared error, where it is its score (the original's bam/task_specific).
 
     logits, labels, teacher_logits: (B, K). own: (B, K), which outputs belong to the example's own task. regression:
     (B,), whether that task is a score. gold_weight: λ, 0-dimensional.
@@ -172,9 +165,8 @@ class Adam:
             return model.depth(name), is_exempt
 
         parameters = sorted(model.named_parameters(), key=group_of)
-        size = sum(parameter.numel() for _, parameter in parameters)
         self.recipe = recipe
-        self.values = torch.zeros(size, device=parameters[0][1].device)
+        self.values = torch.cat([parameter.detach().flatten() for _, parameter in parameters])
         self.gradients = torch.zeros_like(self.values)
         self.mean = torch.zeros_like(self.values)
         self.square = torch.zeros_like(self.values)
@@ -187,7 +179,6 @@ class Adam:
             for _, parameter in members:
                 part = slice(end, end + parameter.numel())
                 end = part.stop
-                self.values[part] = parameter.detach().flatten()
                 parameter.data = self.values[part].view_as(parameter)
                 parameter.grad = self.gradients[part].view_as(parameter)
             # adamw takes lists of tensors: here one of each, this group's part of a vector.
@@ -208,10 +199,10 @@ class Adam:
         self.gradients.zero_()
         return norm
 
-    def state(self, training, steps_done, num_bytes):
-        """{name: tensor} that a checkpoint holds, its vectors not copied. training: training_identity's number;
+    def state(self, training_id, steps_done, num_bytes):
+        """{name: tensor} that a checkpoint holds, its vectors not copied. training_id: training_identity's number;
         num_bytes: the size of metrics.jsonl."""
-        training = torch.tensor(training, device=self.values.device)
+        training = torch.tensor(training_id, device=self.values.device)
         progress = torch.tensor([steps_done, num_bytes], device=self.values.device)
         vectors = {"values": self.values, "mean": self.mean, "square": self.square}
         return vectors | {"training": training, "progress": progress}
@@ -238,13 +229,13 @@ def targets_of(dataset, teacher_logits, device):
 
 @within_memory  # if the device runs out of memory: halve run.tokens_at_once, zero the gradients, call again
 def add_gradients(model, dataset, targets, examples, gold_weight, seed, run):
-    """Add the gradient of the loss, summed over the examples, to the parameters' (zero before), and return the loss.
+    """Add the gradient of the loss, summed over these examples, to the parameters' gradients, and return the loss.
 
     The gradient of a sum is the sum of gradients, so it is computed a micro-batch at a time. The original sums too;
     with the same clip, a mean would be another algorithm.
     """
     seed_device = torch.cuda.manual_seed_all if run.device.type == "cuda" else torch.manual_seed
-    seed_device(seed)  # torch.manual_seed serves CUDA too, but first asks for devices that are not there
+    seed_device(seed)  # torch.manual_seed seeds CUDA too, but is slower: it asks for other devices
     weight = torch.full((), gold_weight, device=run.device)
     total = torch.zeros((), device=run.device)
     for part in micro_batches(dataset, examples, run.tokens_at_once):
@@ -287,11 +278,11 @@ def train(model, dataset, teacher_logits, recipe, seed, run, folder=None, evalua
     schedule = sample_schedule(sizes, num_steps, recipe.batch_size, recipe.exponent, seed)  # (num_steps, batch_size)
     targets = targets_of(dataset, teacher_logits, run.device)
     constant = 1.0 if teacher_logits is None else recipe.gold_weight  # without a teacher the gold labels count alone
-    training = training_identity(model, recipe, dataset, teacher_logits, seed)
+    training_id = training_identity(model, recipe, dataset, teacher_logits, seed)
     optimizer = Adam(model, recipe)
     # If a checkpoint of this training is there, resume() copies it into the optimizer's vectors, whose views are the
     # model's parameters. start: the steps done; num_bytes: of metrics.jsonl. Without a checkpoint both are 0.
-    start, num_bytes = resume(run, folder / CHECKPOINT, optimizer.state(training, 0, 0))
+    start, num_bytes = resume(run, folder, optimizer.state(training_id, 0, 0))
     model.train()
     rehearse(model, dataset, targets, run)
     progress = Progress(run, folder, start, num_bytes, dataset, schedule)
@@ -307,8 +298,8 @@ def train(model, dataset, teacher_logits, recipe, seed, run, folder=None, evalua
             progress.write({"step": step + 1, "dev": evaluate_now()})
             model.train()
         if run.time_to_save(step):  # or a signal has asked to stop
-            num_bytes = progress.sync()  # raises for NaN, which no checkpoint must hold
-            run.on_rank_0(save_checkpoint, folder / CHECKPOINT, optimizer.state(training, step + 1, num_bytes))
+            num_bytes = progress.sync()  # raises for NaN, which must not be saved
+            run.on_rank_0(save_checkpoint, folder, optimizer.state(training_id, step + 1, num_bytes))
             run.stop_if_asked()
 
 
@@ -317,7 +308,8 @@ def train(model, dataset, teacher_logits, recipe, seed, run, folder=None, evalua
 
 @torch.no_grad()
 def predict(model, dataset, run, may_stop=True):
-    """The logits (N, its task's outputs) of every example of a dataset of one task, dropout off, in its order."""
+    """The logits (N, outputs) of a dataset of one task, in its order, without dropout. may_stop: end where a signal has
+    asked for it."""
     model.eval()
     columns = model.columns[dataset.tasks[0].name]
     outputs = torch.zeros(dataset.labels.shape, device=run.device)  # (N, outputs)
@@ -375,8 +367,8 @@ def run_regime(experiment, run, name, trial, copy=1):
     regime = REGIMES[name]
     teachers = []  # {task: folder} of each copy
     if regime.teacher:
-        for number in range(1, experiment.copies + 1):
-            teachers.append(run_regime(experiment.of_teachers, run, regime.teacher, trial, number))
+        source = experiment.teacher_experiment or experiment
+        teachers = [run_regime(source, run, regime.teacher, trial, 1 + i) for i in range(source.copies)]
     top = run.folder / f"trial-{trial}" / (name + experiment.suffix + (f"-{copy}" if copy > 1 else ""))
     models = {top: experiment.tasks} if regime.multi else {top / task.name: [task] for task in experiment.tasks}
     for folder, tasks in models.items():
@@ -394,7 +386,8 @@ def train_model(experiment, run, regime, tasks, teachers, folder):
         dataset = concatenate([experiment.data[task.name]["train"] for task in tasks])
         teacher_logits = None
         if teachers:
-            outputs = [average_teacher(experiment.of_teachers.data, run, task, teachers) for task in tasks]
+            source = experiment.teacher_experiment or experiment
+            outputs = [average_teacher(source.data, run, task, teachers) for task in tasks]
             teacher_logits = block_diagonal(outputs)  # (N, K), examples in the dataset's order
         release_memory()  # of the models before
         torch.manual_seed(seed)
@@ -408,8 +401,7 @@ def train_model(experiment, run, regime, tasks, teachers, folder):
         run.on_rank_0(tokenizer.save, folder, recipe.max_length)
         run.on_rank_0(save_pretrained, model, folder)
     scores = evaluate(model, tasks, experiment.data, run, folder)
-    for path in (folder / CHECKPOINT, folder / PREVIOUS):  # the weights have been written
-        run.on_rank_0(path.unlink, missing_ok=True)
+    run.on_rank_0(discard_checkpoints, folder)  # since the weights have been written
     run.on_rank_0(write_whole, folder / "scores.json", to_json(scores))
 
 
@@ -419,8 +411,12 @@ def teacher_outputs(data, run, task, folder):
     if not run.exists(path):
         logits = predict(load_pretrained(folder).to(run.device), data[task.name]["train"], run)
         run.on_rank_0(write_whole, path, logits)
+    shape = data[task.name]["train"].labels.shape
     try:
-        return np.load(path)
+        logits = np.load(path)
+        if logits.shape != shape:
+            raise ValueError(f"shape {logits.shape}; expected {shape}")
+        return logits
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path}: cannot be read ({error}); delete it, and it is made again") from error
 
@@ -458,9 +454,8 @@ def submit(experiment, run, folders, path):
             predictions[name] = (words, dataset.index)
     if not predictions:
         return run.say(f"{path}: not written, since the data has no test files")
-    wnli = experiment.data.get("wnli", {}).get("WNLI")
-    if wnli:  # it gets its majority class, as in the paper, if it is no task of the experiment
-        predictions.setdefault("WNLI", (["0"] * len(wnli), wnli.index))
+    if "wnli" not in folders:  # its 146 examples get their majority class, as in the paper
+        predictions["WNLI"] = (["0"] * 146, range(146))
     run.on_rank_0(write_whole, path, glue_data.submission_zip(predictions))
     names = [name for task in glue_data.TASKS.values() for name, _ in task.test]
     missing = [name for name in names if name not in predictions]
@@ -490,7 +485,7 @@ def load_experiment(args, run):
     if args.teacher_checkpoint:
         checkpoint = checkpoint_folder(args.teacher_checkpoint, run)
         data = load_data(checkpoint, *reading)
-        of_teachers = replace(experiment, data=data, checkpoint=checkpoint, suffix=TEACHER)
+        of_teachers = replace(experiment, data=data, checkpoint=checkpoint, suffix="-teacher")
         experiment = replace(experiment, teacher_experiment=of_teachers)
     run.claim(identity(experiment, run, folder, args.limit))
     return experiment

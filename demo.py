@@ -196,7 +196,6 @@ def write_demo(data, checkpoint):
     for task in [TASKS[name] for name in EIGHT]:
         for split, file in task.files.items():
             write(data / task.folder / file, file_text(rng, task, split))
-    write(data / "WNLI" / "test.tsv", "index\tsentence1\tsentence2\n0\tThe cook is old.\tIt is old.\n")
     tokens = vocabulary(data)
     write(checkpoint / "vocab.txt", "\n".join(tokens) + "\n")
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
 """GLUE: its tasks, files, tokens, batches, metrics and submission format. NumPy; imports nothing of ours.
 
     tasks        what GLUE says of each task                         TASKS, resolve
-    reading      TSV files to sentences and labels                   read_split, read_sentences
+    reading      TSV files to sentences and labels                   read_split
     tokenizing   sentences to token ids                              Dataset, load_dataset, text_dataset
     mixing       several tasks to one stream of examples             concatenate, sample_schedule
     batches      examples to one row of tokens                       micro_batches, pack
@@ -114,10 +114,10 @@ def find_task(name):
     for field in ("name", "folder"):
         found = [task for task in TASKS.values() if getattr(task, field).lower().replace("-", "") == wanted]
         if len(found) > 1:
-            raise InputError(f"--task: {name!r} may be {' or '.join(task.name for task in found)}; rename one in TASKS")
+            raise InputError(f"task {name!r} may be {' or '.join(task.name for task in found)}; rename one in TASKS")
         if found:
             return found[0]
-    raise InputError(f"--task: unknown task {name!r}; known: all, {', '.join(TASKS)}")
+    raise InputError(f"unknown task {name!r}; known: all, {', '.join(TASKS)}")
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -239,24 +239,6 @@ def read_label(task, word, path, line):
     if not low <= score <= high:
         raise InputError(f"{path}, line {line}: score {brief([word])}; expected a number from {low:g} to {high:g}")
     return [(score - low) / (high - low)]
-
-
-COLUMN_NAME = re.compile(r"[\"'#]?[\w-]+( [\w-]+)?[\"']?", re.ASCII)  # text, #1 String, "Sentence 2", ...
-
-
-def read_sentences(task, data, path):
-    """(first, second or None): the sentences of somebody's own text, given as bytes.
-
-    One example a line, with a tab between the sentences of a pair; or with a header, whose columns are found by name. A
-    first line that may be a header of other names is refused, because its prediction would shift all the others.
-    """
-    names = first_line(data)
-    header = () if set(task.text) <= set(names) else task.text
-    if header and data and all(COLUMN_NAME.fullmatch(name) for name in names):
-        header = "<TAB>".join(task.text)
-        advice = f"if it is an example, put the header {header} above it; if it is a header, replace it by that"
-        raise InputError(f"{path}, line 1: {brief(names)} could be column names; {advice}")
-    return sentences_of(task, [words for _, words in parse_tsv(data, path, task.text, header)], path)
 
 
 # ---------------------------------------------------------------------------------------------------------- tokenizing
@@ -408,7 +390,7 @@ class Batch:
       0   1 2 3   4   5 6   7     0   1 2   3     0   1   2       position_ids (T,)
       0                           8              12         15    cu_seqlens   (B + 1,)
 
-    and which examples of the dataset these are, (B,).
+    cu_seqlens are where sequences begin, and T. examples (B,): which of the dataset these are.
     """
 
     input_ids: np.ndarray
@@ -449,7 +431,7 @@ def accuracy(true, predicted):
 
 
 def f1(true, predicted):
-    """Of class 1; 0 where neither side has one (as scikit-learn's zero_division=0)."""
+    """F1 of class 1; 0 where neither side has one (as scikit-learn's zero_division=0)."""
     positives = np.sum(true == 1) + np.sum(predicted == 1)
     return 2 * np.sum((true == 1) & (predicted == 1)) / positives if positives else 0.0
 

@@ -21,21 +21,15 @@ from pathlib import Path
 import numpy as np
 
 import glue_data
-from glue_data import TASKS, Dataset, InputError, load_dataset, read_file
+from glue_data import Dataset, InputError, load_dataset, read_file
 from model import WEIGHTS, CheckpointError, load_pretrained, weight_files, whole
+from runtime import Parser
 from wordpiece import Tokenizer
 
 DATA = "glue_data"
 CHECKPOINT_NAME = "google-bert/bert-base-uncased"
 
 # --------------------------------------------------------------------------------------------------------------- flags
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as all others."""
-
-    def error(self, message):
-        raise InputError(message)
 
 
 def number(kind, low, high=math.inf):
@@ -190,14 +184,12 @@ def load_data(checkpoint, run, tasks, folder, max_length, limit):
         raise InputError(f"--max-length: the checkpoint has {config.max_position_embeddings} positions")
     run.say(f"reading {', '.join(task.folder for task in tasks)} from {folder}; tokenizer: {tokenizer.description}")
     data = {}
-    for task in dict.fromkeys([*tasks, TASKS["wnli"]]):  # whose test split every submission needs
+    for task in tasks:
         tests = [split for split, file in task.test if (folder / task.folder / file).exists()]
         data[task.name] = {}
-        for split in ["train", *dict(task.dev), *tests] if task in tasks else tests:
+        for split in ["train", *dict(task.dev), *tests]:
             arguments = task, split, folder, tokenizer, max_length, limit if split == "train" else None
-            data[task.name][split] = load_cached(run, *arguments)
-    for task in tasks:
-        for split, dataset in data[task.name].items():
+            data[task.name][split] = dataset = load_cached(run, *arguments)
             words = dataset.input_ids[~np.isin(dataset.input_ids, (tokenizer.cls_id, tokenizer.sep_id))]
             unknown = np.sum(words == tokenizer.unk_id)
             if unknown > 0.05 * len(words):

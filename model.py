@@ -66,8 +66,8 @@ class BertLayer(nn.Module):
         self.ffn_norm = nn.LayerNorm(hidden, config.layer_norm_eps)
 
     def forward(self, x, layout, only_cls=False):
-        """x (T, H) to (T, H). With only_cls, for the last layer, to the [CLS] tokens' (B, H): nothing else is read, so
-        nothing else is computed but keys and values."""
+        """x (T, H) to (T, H). layout, ops.Padded or ops.Buckets, has attention. With only_cls, for the last layer, to
+        (B, H), the [CLS] tokens: nothing else is read, so of the others only keys and values are computed."""
         hidden = self.config.hidden_size
         heads = self.config.num_attention_heads
         p_hidden = self.config.hidden_dropout_prob if self.training else 0.0
@@ -99,7 +99,7 @@ class MultiTaskBert(nn.Module):
     num_outputs: {task: number of labels, or 1 for a score}; a task's logits are `columns[task]` of the K.
     """
 
-    compiled = None  # pooled_output as one compiled graph, for training on an accelerator (runtime.Run.compile_encoder)
+    compiled = None  # pooled_output as one compiled graph, for training on CUDA (runtime.Run.compile_encoder)
 
     def __init__(self, config, num_outputs):
         super().__init__()
@@ -124,8 +124,8 @@ class MultiTaskBert(nn.Module):
 
     @torch.no_grad()
     def initialize(self, parts=""):
-        """New values for the parts whose names begin so: BERT's normal, truncated at two standard deviations; zero
-        biases; the heads Glorot-uniform, each task's by itself."""
+        """Draw the parameters whose names begin with `parts`, one or several: from BERT's normal, truncated at two
+        standard deviations; biases 0; the heads Glorot-uniform, each task's by itself."""
         std = self.config.initializer_range
         for name, parameter in self.named_parameters():
             if not name.startswith(parts):
@@ -149,7 +149,7 @@ class MultiTaskBert(nn.Module):
     def embed(self, input_ids, segment_ids, position_ids):
         """Token, segment and position ids (T,) each to embeddings (T, H)."""
         words = self.word_embeddings.weight
-        # On a CPU autograd adds the rows of the batch's words alone to the gradient that is there, not a whole table.
+        # On a CPU autograd then adds only the rows of the batch's words to the gradient, not a whole table.
         sparse = words.device.type == "cpu" and words.grad is not None and not torch.compiler.is_compiling()
         x = F.embedding(input_ids, words, sparse=sparse) + self.position_embeddings(position_ids)  # (T, E)
         x = self.embeddings_norm(x + self.segment_embeddings(segment_ids))
@@ -168,7 +168,7 @@ class MultiTaskBert(nn.Module):
 
     def forward(self, batch, bfloat16=False):
         """An ops.Packed of B sequences to the logits (B, K) of every head. bfloat16: products in it, sums in float32.
-        The heads are float32's: bfloat16 would round STS-B's scores, up to 5, to steps of 0.02."""
+        The heads compute in float32: bfloat16 would round STS-B's scores, up to 5, to steps of 0.02."""
         pooled_output = self.compiled if self.compiled and self.training else MultiTaskBert.pooled_output
         tokens = batch.input_ids, batch.segment_ids, batch.position_ids
         pooled = pooled_output(self, *tokens, batch.layout, bfloat16)  # (B, H)

@@ -4,8 +4,8 @@
     packed batches     a batch of sequences on its device    Packed, upload
     attention          inside each sequence                  attend, Padded for accelerators, Buckets for a CPU
 
-On an accelerator the whole encoder is compiled, so that each fused operation becomes a product and one kernel. The two
-layouts for attention have one meaning: Padded is one call of PyTorch's attention; Buckets, for a CPU, pad less.
+On CUDA the whole encoder is compiled, so that each fused operation becomes a product and one kernel. The two layouts
+for attention have one meaning: Padded is one call of PyTorch's attention; Buckets, for a CPU, pad less.
 
 Dimension letters: B sequences, T tokens, H hidden size, A attention heads, D = H / A, F feed-forward size. Attention
 alone pads: B sequences, or the n of a bucket, to the L tokens of the longest.
@@ -83,8 +83,8 @@ def upload(batch, device):
 def upload_padded(batch, device):
     """The same for an accelerator: one copy out of pinned memory, for which nothing waits. The layout is Padded.
 
-    One more sequence stands at the end, of one token. Nobody reads it, so that its gradients are 0: padding borrows it.
-    With it B is never 1, for which torch.compile would make another graph.
+    A sequence of one token is added at the end. Nobody reads it, so its gradient is 0, and padding can be copies of it.
+    It also keeps B above 1, for which torch.compile would make another graph.
     """
     tokens = [np.append(array, 0) for array in (batch.input_ids, batch.segment_ids, batch.position_ids)]  # (T,) each
     lengths = np.append(np.diff(batch.cu_seqlens), 1)  # (B,)
@@ -92,7 +92,7 @@ def upload_padded(batch, device):
     flat = torch.from_numpy(np.concatenate(arrays, dtype=np.int32, casting="same_kind"))
     if device.type == "cuda":
         flat = flat.pin_memory()
-        # With a mask, cuDNN's attention has NaN gradients at some sizes (pytorch#196678); the memory-efficient not.
+        # With a mask, cuDNN's attention has NaN gradients at some sizes (pytorch#196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
     flat = flat.to(device, non_blocking=device.type == "cuda")
     *tokens, cls, pad, unpad, lengths, examples = flat.split([len(array) for array in arrays])
@@ -219,8 +219,8 @@ class Buckets:
 
 
 class Gather(torch.autograd.Function):
-    """x[index], to pad or to unpad, with a gradient that gathers too, by the inverse index, and adds nothing: what
-    padding borrows has no gradient, and padding has none itself."""
+    """x[index], to pad or to unpad. Its gradient is grad[inverse], a gather too, where PyTorch's would add up. It is
+    exact: padding sends no gradient back, and the token that Padded copies into it gets none."""
 
     @staticmethod
     def forward(ctx, x, index, inverse):

@@ -6,6 +6,7 @@
 """
 
 import argparse
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,8 @@ import torch
 
 import glue_data
 from bam import REGIMES, predict
-from inputs import Parser
 from model import load_pretrained, public_tensors, save_pretrained
-from runtime import Run, command
+from runtime import Parser, Run, command
 from wordpiece import Tokenizer
 
 
@@ -49,6 +49,25 @@ def utf8(text):
     return text.encode().decode()
 
 
+COLUMN_NAME = re.compile(r"[\"'#]?[\w-]+( [\w-]+)?[\"']?", re.ASCII)  # text, #1 String, "Sentence 2", ...
+
+
+def read_sentences(task, data, path):
+    """(first, second or None): the sentences of somebody's own text, given as bytes.
+
+    One example a line, with a tab between the sentences of a pair; or with a header, whose columns are found by name. A
+    first line that may be a header of other names is refused, because its prediction would shift all the others.
+    """
+    names = glue_data.first_line(data)
+    header = () if set(task.text) <= set(names) else task.text
+    if header and data and all(COLUMN_NAME.fullmatch(name) for name in names):
+        header = "<TAB>".join(task.text)
+        advice = f"if it is an example, put the header {header} above it; if it is a header, replace it by that"
+        raise glue_data.InputError(f"{path}, line 1: {glue_data.brief(names)} could be column names; {advice}")
+    texts = [words for _, words in glue_data.parse_tsv(data, path, task.text, header)]
+    return glue_data.sentences_of(task, texts, path)
+
+
 def own_text(args, task):
     """The sentences that the command gives: (first, second or None)."""
     if args.file:
@@ -56,7 +75,7 @@ def own_text(args, task):
             data = sys.stdin.buffer.read()
         else:
             data = glue_data.read_file(Path(args.file), "one example a line")
-        return glue_data.read_sentences(task, data, args.file)
+        return read_sentences(task, data, args.file)
     texts = [text for text in (args.text, args.text2) if text is not None]
     if len(texts) != len(task.text):
         raise glue_data.InputError(f"{task.name} takes --text{' and --text2' * (len(task.text) - 1)}, or a file")

@@ -1,7 +1,7 @@
 """What keeps a long run alive: device, processes, run directory, checkpoints, progress, and how a command ends.
 
     Run           a device, a run directory, and the processes that share it
-    checkpoints   save_checkpoint, resume
+    checkpoints   save_checkpoint, resume, discard_checkpoints
     Progress      metrics.jsonl, speed, gradients that are not finite
     command       errors as one line, and the exit status
 
@@ -9,6 +9,7 @@ Nothing here knows the paper, but for the λ that is logged: bam.py decides what
 wait, and to stop.
 """
 
+import argparse
 import contextlib
 import ctypes
 import datetime
@@ -40,7 +41,7 @@ MIN_TOKENS = 256  # a micro-batch is not halved below this where memory is short
 
 
 def to_json(value, indent=2):
-    """JSON text. NaN, which JSON lacks and a correlation with a constant is, becomes null."""
+    """JSON text. JSON has no NaN, which a correlation with a constant is: it becomes null."""
     plain = json.loads(json.dumps(value), parse_constant=lambda name: None if name == "NaN" else float(name))
     return json.dumps(plain, indent=indent) + "\n"
 
@@ -97,13 +98,13 @@ def multiplies_bfloat16(device):
 
 
 def release_memory():
-    """Return freed memory to the system, which glibc keeps: what each model leaves would add up."""
+    """Return to the system the freed memory that glibc keeps: what each model leaves would add up."""
     with contextlib.suppress(AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def processes():
-    """(rank, number of processes) by torchrun's variables, which count only together. Raises InputError."""
+    """(rank, number of processes) from torchrun's variables, all of them or none. Raises InputError."""
     given = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "MASTER_PORT", "MASTER_ADDR")}
     if given["WORLD_SIZE"] in ("", "1"):
         return 0, 1
@@ -188,7 +189,7 @@ class Run:
 
     def __exit__(self, error, *_):
         self.files.close()
-        if self.compile:  # what its user compiles next is none of ours
+        if self.compile:  # for whatever the caller compiles next
             torch.compiler.set_stance("default")
         if self.world > 1 and error is None:
             dist.destroy_process_group()
@@ -197,11 +198,6 @@ class Run:
         """Sum the tensor over all processes, in place."""
         if self.world > 1:
             dist.all_reduce(tensor)
-
-    def broadcast(self, tensor):
-        """Give process 0's tensor to all processes, in place."""
-        if self.world > 1:
-            dist.broadcast(tensor, 0)
 
     def on_rank_0(self, action, *args, **kwargs):
         """Let rank 0 act, and the others wait."""
@@ -212,8 +208,8 @@ class Run:
 
     def exists(self, path):
         """Whether rank 0 finds the file: processes that ask at different moments must still act alike."""
-        found = torch.tensor(path.exists(), dtype=torch.int32, device=self.device)
-        self.broadcast(found)
+        found = torch.tensor(int(self.rank == 0 and path.exists()), device=self.device)
+        self.all_reduce(found)
         return bool(found)
 
     def say(self, line, live=False):
@@ -228,7 +224,7 @@ class Run:
         show(("\r\033[K" if self.live else "") + line, end="" if live else "\n")
 
     def claim(self, identity):
-        """Write config.json; or, where it is there, refuse to go on with settings, data or weights other than its."""
+        """Write config.json; or, where it is there, refuse settings, data or weights that differ from it."""
         path = self.folder / "config.json"
         if not self.exists(path):
             self.on_rank_0(write_whole, path, to_json(identity))
@@ -262,7 +258,7 @@ class Run:
         code = 2 if self.asked_at else int(bool(on_time or on_step))
         if self.world > 1:
             if self.device.type == "cuda" and step % Progress.EVERY and not on_step:
-                return False  # agreeing makes the host wait for the device
+                return False  # to agree, the host has to wait for the device
             agreed = torch.tensor(code, device=self.device)
             dist.all_reduce(agreed, dist.ReduceOp.MAX)
             code = int(agreed)
@@ -287,7 +283,7 @@ class Run:
             torch.compiler.set_stance("eager_on_recompile")  # an unforeseen shape costs time, and ends nothing
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # compilers raise whatever they meet
+        except Exception as error:  # a compiler can raise anything
             self.compile = False
             model.compiled = None
             self.say(f"cannot compile ({type(error).__name__}: {first_line(error)}): continuing uncompiled")
@@ -319,26 +315,32 @@ CHECKPOINT = "training.safetensors"
 PREVIOUS = "previous-" + CHECKPOINT  # the one before it
 
 
-def save_checkpoint(path, tensors):
+def save_checkpoint(folder, tensors):
     """Write a checkpoint; the one before it stays."""
-    if path.exists():
-        path.replace(path.with_name(PREVIOUS))
-    write_safetensors(path, tensors)
+    if (folder / CHECKPOINT).exists():
+        (folder / CHECKPOINT).replace(folder / PREVIOUS)
+    write_safetensors(folder / CHECKPOINT, tensors)
 
 
-def resume(run, path, state):
+def discard_checkpoints(folder):
+    for name in (CHECKPOINT, PREVIOUS):
+        (folder / name).unlink(missing_ok=True)
+
+
+def resume(run, folder, state):
     """Let process 0 fill {name: tensor} from the latest checkpoint, and send it to the others. Returns the checkpoint's
     [steps done, bytes of metrics.jsonl]; without a checkpoint, the state's own."""
-    run.on_rank_0(restore, run, path, state)
-    for tensor in state.values():
-        run.broadcast(tensor)
+    run.on_rank_0(restore, run, folder, state)
+    if run.world > 1:
+        for tensor in state.values():
+            dist.broadcast(tensor, 0)
     return state["progress"].tolist()
 
 
-def restore(run, path, state):
+def restore(run, folder, state):
     """Fill {name: tensor} from the latest checkpoint. One that is damaged, or of another training, is named, and the
     one before it used."""
-    for candidate in (path, path.with_name(PREVIOUS)):
+    for candidate in (folder / CHECKPOINT, folder / PREVIOUS):
         if not candidate.exists():
             continue
         try:
@@ -360,8 +362,8 @@ def restore(run, path, state):
 
 
 class Progress:
-    """How far a training is: metrics.jsonl, the same bits however often the run was interrupted; and for people a live
-    line on a terminal, or a plain line now and then in a log, with speed and time left.
+    """Writes metrics.jsonl (on a CPU the same bits, interrupted or not), and says how far the training is, with speed
+    and time left: in a live line on a terminal, else in a plain line now and then.
 
     start, num_bytes: the steps done, and the size of what they wrote into metrics.jsonl. schedule (num_steps,
     batch_size): the examples of each step.
@@ -441,6 +443,13 @@ class Progress:
 
 
 # ------------------------------------------------------------------------------------------------------------- command
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all others."""
+
+    def error(self, message):
+        raise InputError(message)
 
 
 def show(text, end="\n", stream="stdout"):

@@ -92,9 +92,6 @@ def report(run, tasks):
 
 def compare(folders):
     """Print one table over run directories, and in what else than the seed their configurations differ."""
-    for folder in folders:
-        if not (folder / "config.json").exists():
-            raise InputError(f"--table: {folder} is no run directory of bam.py")
     configs = [read_json(folder / "config.json") for folder in folders]
     for folder, config in zip(folders, configs, strict=True):
         if not config.get("tasks") or config["tasks"] != configs[0]["tasks"]:
@@ -116,7 +113,7 @@ def compare(folders):
 
 
 def mann_whitney_p(a, b):
-    """Two-sided p of the Mann-Whitney U test, the paper's. Exact for small samples without ties, else the normal
+    """Two-sided p of the paper's test, Mann-Whitney U. Exact for small samples without ties, else the normal
     approximation with tie and continuity corrections: the same choice as scipy.stats.mannwhitneyu."""
     n, m = len(a), len(b)
     values = np.concatenate([a, b])
@@ -128,7 +125,7 @@ def mann_whitney_p(a, b):
     if min(n, m) <= 8 and ties.max() == 1:
         counts = np.zeros((n + 1, n * m + 1))  # counts[i, s]: ways in which i values of a have s values of b below them
         counts[0, 0] = 1
-        for below in range(1, m + 1):  # how many values of b lie below one value of a; U is their sum
+        for below in range(1, m + 1):  # how many values of b lie below one value of a; U sums these numbers
             for i in range(1, n + 1):
                 counts[i, below:] += counts[i - 1, :-below]
         counts = counts.sum(0)  # the other n - i values of a are below all of b

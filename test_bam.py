@@ -240,7 +240,7 @@ def test_an_index_is_a_whole_number_of_its_own(tmp_path, word):
 ])  # fmt: skip
 def test_ones_own_text(name, text, sentences):
     """One example a line, or a header whose columns are found by name."""
-    assert glue_data.read_sentences(TASKS[name], text.encode(), "own.tsv") == sentences
+    assert predict.read_sentences(TASKS[name], text.encode(), "own.tsv") == sentences
 
 
 @pytest.mark.parametrize("header", ["text", "Sentence", "review_text", '"sentence"', "Text 1", "index\ttext",
@@ -248,7 +248,7 @@ def test_ones_own_text(name, text, sentences):
 def test_a_header_of_other_names_is_not_an_example(header):
     data = f"{header}\nIt is good.\tIt is bad.\n".encode()
     with pytest.raises(InputError, match="own.tsv, line 1: .* could be column names; if it is an example, put the header sentence"):
-        glue_data.read_sentences(TASKS["rte" if "\t" in header else "sst2"], data, "own.tsv")
+        predict.read_sentences(TASKS["rte" if "\t" in header else "sst2"], data, "own.tsv")
 
 
 def test_a_task_of_ones_own_over_a_folder_of_glue(monkeypatch):
@@ -1455,7 +1455,7 @@ def test_a_submission_has_its_files_and_names_those_it_lacks(quick, small, comma
     for folder in ("glue", "run"):
         shutil.copytree(small[1].parent / folder, tmp_path / folder)
     write_split(tmp_path / "glue", "rte", "sentence1\tsentence2\nw1\tw2", "RTE")
-    for said in ("1 of 11 files; not in it", "kept; delete it to have it written again"):
+    for said in ("2 of 11 files; not in it", "kept; delete it to have it written again"):
         status, stdout, _ = command(*small[0], "--data", tmp_path / "glue", "--out", tmp_path / "run")
         assert status == 0 and said in stdout and " step " not in stdout
 
@@ -1777,11 +1777,11 @@ def test_another_process_was_asked_to_stop(monkeypatch):
 def test_a_disk_that_fails_costs_no_checkpoint(tmp_path, monkeypatch):
     """A checkpoint that cannot be read for now ends the command, and stays: it may be good."""
     state = {"training": torch.tensor(1), "progress": torch.tensor([1, 0])}
-    runtime.save_checkpoint(tmp_path / runtime.CHECKPOINT, state)
+    runtime.save_checkpoint(tmp_path, state)
     file = Mock(wraps=open(tmp_path / runtime.CHECKPOINT, "rb"), readinto=Mock(side_effect=OSError(5, "I/O error")))
     monkeypatch.setattr(bert, "open", lambda path, mode: contextlib.nullcontext(file), raising=False)
     with pytest.raises(CheckpointError, match="cannot be read"):
-        runtime.resume(Run(None, "cpu"), tmp_path / runtime.CHECKPOINT, state)
+        runtime.resume(Run(None, "cpu"), tmp_path, state)
     assert (tmp_path / runtime.CHECKPOINT).exists()
 
 
@@ -1828,7 +1828,10 @@ def test_a_damaged_run_directory_is_named(small, command, tmp_path):
     refuses(student / "scores.json", b'{"rte": ', "cannot be read")
     for name in ("scores.json", "model.safetensors"):
         (student / name).unlink()
-    refuses(logits, logits.read_bytes()[:-9], "cannot be read")
+    whole, other_data = logits.read_bytes(), io.BytesIO()
+    np.save(other_data, np.load(logits)[1:])
+    refuses(logits, whole[:-9], "cannot be read")
+    refuses(logits, other_data.getvalue(), "cannot be read (shape")
     logits.unlink()
     bert.write_safetensors(student / "training.safetensors", state)
     status, stdout, _ = command(*small[0], "--out", tmp_path / "run")
@@ -1920,7 +1923,7 @@ def test_regimes_trials_and_constant_weights(small, quick, command, tmp_path):
     assert status == 0 and f"{small[1]} is pooled, but its single.gold_weight is None, and 0.5 in {tmp_path}\n" in stdout
     assert f"warning: {small[1]} has no finished multi, multi-multi, single-multi-single, " in stdout
     assert stdout.count("  3 trials") == 2 and stdout.count("  2 trials") == number - 2
-    assert f"{small[1].parent} is no run directory of bam.py" in command("--table", small[1].parent)[2]
+    assert f"{small[1].parent / 'config.json'}: cannot be read" in command("--table", small[1].parent)[2]
     assert "expected runs of bam.py with the same tasks" in command("--table", small[1], quick[0])[2]
     assert "two of the runs are the same" in command("--table", small[1], small[1])[2]
     assert "expected runs of bam.py" in command("--table", small[1] / "trial-1" / "single" / "rte")[2]
