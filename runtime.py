@@ -466,8 +466,8 @@ def command(name, main, argv=None):
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # closed, or somebody's own
             stream.reconfigure(errors="backslashreplace")  # λ in an encoding that lacks it
-    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # of bfloat16's kernels on a CPU
-        os.environ.setdefault(cache, "16")  # it is 1,024, and every length of batch makes new ones: a gigabyte
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's of its kernels, and PyTorch's
+        os.environ.setdefault(cache, "16")  # of 1,024: a kernel is for one shape, and nearly every batch has its own
     resumes = "; the same command resumes from the last checkpoint" if name == "bam.py" else ""
     status = 1
     try:
