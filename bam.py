@@ -34,8 +34,7 @@ from inputs import checkpoint_folder, data_folder, identity, load_data, parse_ar
 from model import WEIGHTS, load_pretrained, save_pretrained
 from ops import upload
 from runtime import (
-    Progress, Run, command, discard_checkpoints, release_memory, resume, save_checkpoint, to_json, within_memory,
-    write_whole,
+    Progress, Run, command, discard_checkpoints, resume, save_checkpoint, to_json, within_memory, write_whole,
 )  # fmt: skip
 from wordpiece import Tokenizer
 
@@ -389,7 +388,6 @@ def train_model(experiment, run, regime, tasks, teachers, folder):
             source = experiment.teacher_experiment or experiment
             outputs = [average_teacher(source.data, run, task, teachers) for task in tasks]
             teacher_logits = block_diagonal(outputs)  # (N, K), examples in the dataset's order
-        release_memory()  # of the models before
         torch.manual_seed(seed)
         model = load_pretrained(experiment.checkpoint, {task.name: task.num_outputs for task in tasks}).to(run.device)
         recipe = experiment.multi if regime.multi else experiment.single

@@ -11,7 +11,6 @@ wait, and to stop.
 
 import argparse
 import contextlib
-import ctypes
 import datetime
 import fcntl
 import functools
@@ -95,12 +94,6 @@ def multiplies_bfloat16(device):
     cpu = Path("/proc/cpuinfo")  # Linux's
     flags = cpu.read_text().split() if cpu.exists() else []
     return device.type == "cpu" and not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
-
-
-def release_memory():
-    """Return to the system the freed memory that glibc keeps: what each model leaves would add up."""
-    with contextlib.suppress(AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def processes():

@@ -1738,17 +1738,6 @@ def test_a_batch_that_does_not_fit_is_split(training, monkeypatch):
         training()
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
-def test_freed_memory_goes_back_to_the_system():
-    """Of 100 MB in pieces the last is kept, which keeps the memory of the others in the process until then."""
-    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    pieces = [b"x" * 100_000 for _ in range(1000)]
-    del pieces[:-1]
-    before = resident()
-    runtime.release_memory()
-    assert before - resident() > 50e6
-
-
 KERNELS = """
 import os, pathlib, torch, runtime
 
