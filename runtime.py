@@ -460,7 +460,7 @@ def command(name, main, argv=None):
         with contextlib.suppress(AttributeError):  # closed, or somebody's own
             stream.reconfigure(errors="backslashreplace")  # λ in an encoding that lacks it
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's of its kernels, and PyTorch's
-        os.environ.setdefault(cache, "16")  # of 1,024: a kernel is for one shape, and nearly every batch has its own
+        os.environ.setdefault(cache, "64")  # of 1,024: each is for one shape, and most batches have their own
     resumes = "; the same command resumes from the last checkpoint" if name == "bam.py" else ""
     status = 1
     try:
