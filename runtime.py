@@ -32,7 +32,8 @@ from model import CheckpointError, read_safetensors, whole, write_safetensors
 from ops import compiled
 
 CUDA_TOKENS = 8192  # tokens at once, in training and in predicting: what fills the device, and no more
-CPU_TOKENS = 800  # more is hardly faster, and takes more memory
+CPU_TOKENS = 800  # in float32; more is hardly faster, and takes more memory
+CPU_BFLOAT16_TOKENS = 2400
 MIN_TOKENS = 256  # a micro-batch is not halved below this where memory is short
 
 
@@ -130,7 +131,8 @@ class Run:
         self.rank, self.world = processes() if folder else (0, 1)
         self.device = find_device(device, self.rank, self.world)
         self.bfloat16 = multiplies_bfloat16(self.device) if precision == "auto" else precision == "bfloat16"
-        self.tokens_at_once = CUDA_TOKENS if self.device.type == "cuda" else CPU_TOKENS
+        cpu_tokens = CPU_BFLOAT16_TOKENS if self.bfloat16 else CPU_TOKENS
+        self.tokens_at_once = CUDA_TOKENS if self.device.type == "cuda" else cpu_tokens
         self.save_seconds = save_minutes * 60
         self.save_steps = save_steps
         self.saved_at = time.monotonic()
