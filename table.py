@@ -1,5 +1,5 @@
 """The paper's table: the dev scores of finished models, as medians over trials, with their spread and the paper's
-significance test. NumPy and the standard library; it trains nothing.
+significance test. It trains nothing.
 
     run directories to scores    collect
     scores to statistics         summarize, mann_whitney_p
@@ -132,5 +132,3 @@ def mann_whitney_p(a, b):
         return float(min(1.0, 2 * counts[int(u) :].sum() / counts.sum()))
     variance = n * m / 12 * (n + m + 1 - (ties**3 - ties).sum() / ((n + m) * (n + m - 1)))
     return 1.0 if variance == 0 else min(1.0, 2 * NormalDist().cdf(-(u - n * m / 2 - 0.5) / variance**0.5))
-
-
