@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from statistics import fmean, median
 
-# Names and order as in glue_data.TASKS and bam.REGIMES; a test compares them.
+# Names and order as in glue_data.TASKS, which a test compares, and in bam.REGIMES, which bam.py asserts.
 TASKS = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "qqp": "QQP", "mnli": "MNLI",
          "qnli": "QNLI", "rte": "RTE", "wnli": "WNLI"}  # fmt: skip
 REGIMES = {"single": "Single", "multi": "Multi", "single-single": "Single→Single", "multi-multi": "Multi→Multi",

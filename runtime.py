@@ -457,7 +457,7 @@ def show(text, end="\n", stream="stdout"):
 
 
 def command(name, main, argv=None):
-    """Call main(argv) with errors as one line on standard error; returns the exit status."""
+    """Call main(argv), with bounded caches and with errors as one line on standard error; returns the exit status."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # closed, or somebody's own
             stream.reconfigure(errors="backslashreplace")  # λ in an encoding that lacks it

@@ -2291,8 +2291,7 @@ def lines_of(tree, style):
 
 
 def test_figure_names_are_those_of_the_table():
-    """figure.py imports nothing of ours, so it repeats names: the same ones, in the same order. (bam.py asserts that its
-    regimes are figure.py's.)"""
+    """figure.py imports nothing of ours, so it repeats tasks' names: the same ones, in the same order."""
     glue = [(task.name, task.folder) for task in glue_data.TASKS.values()][:9]  # a fork's own come after them
     assert list(figure.TASKS.items()) == glue
 
