@@ -85,7 +85,7 @@ class BertLayer(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding without values on the meta device: PyTorch would load its compiler to draw them, which takes 2 s."""
+    """nn.Embedding without values on the meta device: PyTorch would load its compiler to draw them, for seconds."""
 
     def reset_parameters(self):
         if not self.weight.is_meta:
@@ -222,8 +222,8 @@ def read_config(path):
         config = BertConfig(**{field.name: values[field.name] for field in fields(BertConfig) if field.name in values})
         for field in fields(BertConfig):
             value = getattr(config, field.name)
-            if field.type is int and not (isinstance(value, int) and value >= 0):
-                raise ValueError(f"{field.name} is {value!r}; expected a whole number from 0")
+            if field.type is int and not (isinstance(value, int) and value > 0):
+                raise ValueError(f"{field.name} is {value!r}; expected a whole number from 1")
             if field.type is float and not (isinstance(value, (int, float)) and 0 <= value < 1):
                 raise ValueError(f"{field.name} is {value!r}; expected a number from 0 to below 1")
         if config.hidden_size % config.num_attention_heads:
@@ -232,7 +232,7 @@ def read_config(path):
             raise ValueError(f"type_vocab_size is {config.type_vocab_size}; expected 2, for pairs of sentences")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); expected BERT's configuration") from error
-    except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not BERT's configuration: {error}") from error
     return config
 
