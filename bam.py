@@ -14,6 +14,7 @@ starts by imitating its teachers and can end above them:
     torchrun --nproc_per_node=8 bam.py --task all
 """
 
+import functools
 import hashlib
 import itertools
 import math
@@ -33,9 +34,7 @@ from glue_data import InputError, block_diagonal, concatenate, micro_batches, pa
 from inputs import checkpoint_folder, data_folder, identity, load_data, parse_args, recipes
 from model import WEIGHTS, load_pretrained, save_pretrained
 from ops import upload
-from runtime import (
-    Progress, Run, command, discard_checkpoints, resume, save_checkpoint, to_json, within_memory, write_whole,
-)  # fmt: skip
+from runtime import Progress, Run, command, discard_checkpoints, to_json, within_memory, write_whole
 from wordpiece import Tokenizer
 
 # ----------------------------------------------------------------------------------------------------- what we compare
@@ -169,6 +168,7 @@ class Adam:
         self.gradients = torch.zeros_like(self.values)
         self.mean = torch.zeros_like(self.values)
         self.square = torch.zeros_like(self.values)
+        self.state = {"values": self.values, "mean": self.mean, "square": self.square}  # what a checkpoint holds of it
         # AdamW divides its moments by 1 − β^count, a bias correction that BERT's Adam lacks; with this count it is 1.
         self.count = torch.tensor(1e6, device=self.values.device)
         self.groups = []  # of parameters that share a rate and a decay: (their parts of the vectors, decay, distance)
@@ -197,14 +197,6 @@ class Adam:
             )  # fmt: skip
         self.gradients.zero_()
         return norm
-
-    def state(self, training_id, steps_done, num_bytes):
-        """{name: tensor} that a checkpoint holds, its vectors not copied. training_id: training_identity's number;
-        num_bytes: the size of metrics.jsonl."""
-        training = torch.tensor(training_id, device=self.values.device)
-        progress = torch.tensor([steps_done, num_bytes], device=self.values.device)
-        vectors = {"values": self.values, "mean": self.mean, "square": self.square}
-        return vectors | {"training": training, "progress": progress}
 
 
 # -------------------------------------------------------------------------- training: one loop for teacher and student
@@ -279,12 +271,10 @@ def train(model, dataset, teacher_logits, recipe, seed, run, folder=None, evalua
     constant = 1.0 if teacher_logits is None else recipe.gold_weight  # without a teacher the gold labels count alone
     training_id = training_identity(model, recipe, dataset, teacher_logits, seed)
     optimizer = Adam(model, recipe)
-    # If a checkpoint of this training is there, resume() copies it into the optimizer's vectors, whose views are the
-    # model's parameters. start: the steps done; num_bytes: of metrics.jsonl. Without a checkpoint both are 0.
-    start, num_bytes = resume(run, folder, optimizer.state(training_id, 0, 0))
     model.train()
     rehearse(model, dataset, targets, run)
-    progress = Progress(run, folder, start, num_bytes, dataset, schedule)
+    progress = Progress(run, folder, dataset, schedule, optimizer.state, training_id)
+    start = progress.resume()  # from a checkpoint of this training, by way of the optimizer's vectors; else 0
     for step in range(start, num_steps):
         gold_weight = annealing_weight(step, num_steps, constant)
         examples = schedule[step, run.rank :: run.world]  # this process's share of the batch
@@ -297,8 +287,7 @@ def train(model, dataset, teacher_logits, recipe, seed, run, folder=None, evalua
             progress.write({"step": step + 1, "dev": evaluate_now()})
             model.train()
         if run.time_to_save(step):  # or a signal has asked to stop
-            num_bytes = progress.sync()  # raises for NaN, which must not be saved
-            run.on_rank_0(save_checkpoint, folder, optimizer.state(training_id, step + 1, num_bytes))
+            progress.save(step + 1)  # raises for NaN, which must not be saved
             run.stop_if_asked()
 
 
@@ -439,17 +428,14 @@ def submit(experiment, run, folders, path):
     """Predict every test split that is there and write the leaderboard's zip; say which of its files are missing."""
     if run.exists(path):
         return run.say(f"{path}: kept; delete it to have it written again")
+    load = functools.lru_cache(maxsize=1)(load_pretrained)  # a model of several tasks is loaded once
     predictions = {}
-    loaded = None
     for task in experiment.tasks:
-        for name, dataset in experiment.data[task.name].items():
-            if name not in dict(task.test):
-                continue
-            if folders[task.name] != loaded:  # a model of several tasks is loaded once
-                loaded = folders[task.name]
-                model = load_pretrained(loaded).to(run.device)
-            words = glue_data.answers(task, predict(model, dataset, run))
-            predictions[name] = (words, dataset.index)
+        for name, _ in task.test:
+            if name in experiment.data[task.name]:
+                dataset = experiment.data[task.name][name]
+                logits = predict(load(folders[task.name]).to(run.device), dataset, run)
+                predictions[name] = (glue_data.answers(task, logits), dataset.index)
     if not predictions:
         return run.say(f"{path}: not written, since the data has no test files")
     if "wnli" not in folders:  # its 146 examples get their majority class, as in the paper

@@ -1,8 +1,7 @@
 """What keeps a long run alive: device, processes, run directory, checkpoints, progress, and how a command ends.
 
     Run           a device, a run directory, and the processes that share it
-    checkpoints   save_checkpoint, resume, discard_checkpoints
-    Progress      metrics.jsonl, speed, gradients that are not finite
+    Progress      metrics.jsonl, checkpoints, speed, gradients that are not finite
     command       errors as one line, and the exit status
 
 Nothing here knows the paper, but for the λ that is logged: bam.py decides what is trained, and asks a Run to write, to
@@ -248,20 +247,21 @@ class Run:
 
     def time_to_save(self, step):
         """Whether minutes or steps have passed, or a signal has asked to stop; the same answer in every process."""
-        on_time = time.monotonic() - self.saved_at > self.save_seconds
+        now = time.monotonic()
         on_step = self.save_steps and (step + 1) % self.save_steps == 0
-        code = 2 if self.asked_at else int(bool(on_time or on_step))
+        asked = self.asked_at is not None
+        due = asked or on_step or now - self.saved_at > self.save_seconds
         if self.world > 1:
             if self.device.type == "cuda" and step % Progress.EVERY and not on_step:
                 return False  # to agree, the host has to wait for the device
-            agreed = torch.tensor(code, device=self.device)
-            dist.all_reduce(agreed, dist.ReduceOp.MAX)
-            code = int(agreed)
-        if code == 2 and not self.asked_at:  # another process was asked
-            self.ask_to_stop(signal.SIGTERM, None)
-        if code:
-            self.saved_at = time.monotonic()
-        return code > 0
+            votes = torch.tensor([asked, due], dtype=torch.int32, device=self.device)
+            dist.all_reduce(votes, dist.ReduceOp.MAX)
+            asked, due = votes.tolist()
+        if asked:  # perhaps another process was
+            self.asked_at = self.asked_at or now
+        if due:
+            self.saved_at = now
+        return bool(due)
 
     def compile_encoder(self, model, attempt):
         """Compile the model's encoder in `attempt`, a forward and backward pass of a full micro-batch. Where that fails
@@ -304,7 +304,7 @@ def within_memory(function):
     return call
 
 
-# --------------------------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------------- progress and checkpoints
 
 CHECKPOINT = "training.safetensors"
 PREVIOUS = "previous-" + CHECKPOINT  # the one before it
@@ -322,66 +322,74 @@ def discard_checkpoints(folder):
         (folder / name).unlink(missing_ok=True)
 
 
-def resume(run, folder, state):
-    """Let process 0 fill {name: tensor} from the latest checkpoint, and send it to the others. Returns the checkpoint's
-    [steps done, bytes of metrics.jsonl]; without a checkpoint, the state's own."""
-    run.on_rank_0(restore, run, folder, state)
-    if run.world > 1:
-        for tensor in state.values():
-            dist.broadcast(tensor, 0)
-    return state["progress"].tolist()
-
-
-def restore(run, folder, state):
-    """Fill {name: tensor} from the latest checkpoint. One that is damaged, or of another training, is named, and the
-    one before it used."""
-    for candidate in (folder / CHECKPOINT, folder / PREVIOUS):
-        if not candidate.exists():
-            continue
-        try:
-            saved = read_safetensors(candidate)
-        except CheckpointError as error:
-            if isinstance(error.__cause__, OSError):  # the disk's fault: the checkpoint may be good
-                raise
-            run.say(f"{error}; going back to the one before it, or to the start")
-            candidate.unlink()  # else the next save would move it over the one before it, which is whole
-            continue
-        if saved.keys() == state.keys() and torch.equal(saved["training"], state["training"].cpu()):
-            for name, tensor in state.items():
-                tensor.copy_(saved[name])
-            return
-        run.say(f"{candidate}: belongs to another training (other data, recipe, seed or weights) and is ignored")
-
-
-# ------------------------------------------------------------------------------------------------------------ progress
-
-
 class Progress:
-    """Writes metrics.jsonl (on a CPU the same bits, interrupted or not), and says how far the training is, with speed
-    and time left: in a live line on a terminal, else in a plain line now and then.
+    """Writes metrics.jsonl (on a CPU the same bits, interrupted or not) and checkpoints, and says how far the training
+    is, with speed and time left: in a live line on a terminal, else in a plain line now and then.
 
-    start, num_bytes: the steps done, and the size of what they wrote into metrics.jsonl. schedule (num_steps,
-    batch_size): the examples of each step.
+    schedule (num_steps, batch_size): the examples of each step. tensors: {name: tensor}, which a checkpoint saves, and
+    resume() fills. training_id: a number that tells trainings apart.
     """
 
     EVERY = 20  # steps; reading a number makes the host wait for the device
 
-    def __init__(self, run, folder, start, num_bytes, dataset, schedule):
+    def __init__(self, run, folder, dataset, schedule, tensors, training_id):
         self.run = run
-        self.start = start
+        self.folder = folder
         self.dataset = dataset
         self.schedule = schedule
         self.num_steps, self.batch_size = schedule.shape
         self.num_tokens = np.diff(dataset.offsets)[schedule].sum(1)  # (num_steps,)
         self.unchecked = []  # (step, gradient norm, learning rate)
         self.name = folder.name if folder == run.folder else os.path.relpath(folder, run.folder)
+        self.metrics = open(folder / "metrics.jsonl" if run.rank == 0 else os.devnull, "ab")
+        done = torch.zeros(2, dtype=torch.int64, device=run.device)  # steps, and bytes of metrics.jsonl
+        self.state = tensors | {"training": torch.tensor(training_id, device=run.device), "progress": done}
+
+    def resume(self):
+        """Fill the training's tensors from its latest checkpoint, in every process, and cut metrics.jsonl where that
+        ends. Returns the steps done; without a checkpoint 0."""
+        self.run.on_rank_0(self.restore)
+        if self.run.world > 1:
+            for tensor in self.state.values():
+                dist.broadcast(tensor, 0)
+        self.start, num_bytes = self.state["progress"].tolist()
+        if self.run.rank == 0:
+            self.metrics.truncate(min(num_bytes, self.metrics.tell()))
+        if self.start:
+            self.run.say(f"{self.name}  resumes after step {self.start}/{self.num_steps}")
         self.began = time.monotonic()
         self.shown = self.began
-        self.metrics = open(folder / "metrics.jsonl" if run.rank == 0 else os.devnull, "ab")
-        if run.rank == 0:
-            self.metrics.truncate(min(num_bytes, self.metrics.tell()))
-        if start:
-            run.say(f"{self.name}  resumes after step {start}/{self.num_steps}")
+        return self.start
+
+    def restore(self):
+        """Read the latest checkpoint. One that is damaged, or of another training, is named, and the one before it
+        used."""
+        for candidate in (self.folder / CHECKPOINT, self.folder / PREVIOUS):
+            if not candidate.exists():
+                continue
+            try:
+                saved = read_safetensors(candidate)
+            except CheckpointError as error:
+                if isinstance(error.__cause__, OSError):  # the disk's fault: the checkpoint may be good
+                    raise
+                self.run.say(f"{error}; going back to the one before it, or to the start")
+                candidate.unlink()  # else the next save would move it over the one before it, which is whole
+                continue
+            if saved.keys() == self.state.keys() and torch.equal(saved["training"], self.state["training"].cpu()):
+                for name, tensor in self.state.items():
+                    tensor.copy_(saved[name])
+                return
+            problem = "belongs to another training (other data, recipe, seed or weights) and is ignored"
+            self.run.say(f"{candidate}: {problem}")
+
+    def save(self, steps_done):
+        """Write a checkpoint, once metrics.jsonl is on the disk. Raises for a gradient that was not finite."""
+        self.check()
+        if self.run.rank == 0:
+            os.fsync(self.metrics.fileno())
+        num_bytes = self.metrics.seek(0, os.SEEK_END)
+        self.state["progress"].copy_(torch.tensor([steps_done, num_bytes]))
+        self.run.on_rank_0(save_checkpoint, self.folder, self.state)
 
     def after(self, step, loss, norm, rate, gold_weight):
         """Note a step: its summed loss and its gradient's norm (tensors), its learning rate and λ."""
@@ -414,14 +422,6 @@ class Progress:
                 examples = describe_examples(self.dataset, self.schedule[step])
                 raise FloatingPointError(f"{problem}; nothing of it was saved. Its examples: {examples}")
         self.unchecked.clear()
-
-    def sync(self):
-        """Before a checkpoint: raise for a gradient that was not finite, bring metrics.jsonl to the disk, and return
-        its size in bytes."""
-        self.check()
-        if self.run.rank == 0:
-            os.fsync(self.metrics.fileno())
-        return self.metrics.seek(0, os.SEEK_END)
 
     def show(self, values, seconds):
         """Print how far training is."""
@@ -464,27 +464,24 @@ def command(name, main, argv=None):
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's of its kernels, and PyTorch's
         os.environ.setdefault(cache, "64")  # of 1,024: each is for one shape, and most batches have their own
     resumes = "; the same command resumes from the last checkpoint" if name == "bam.py" else ""
-    status = 1
     try:
         main(argv)
         if sys.stdout is not None:
             sys.stdout.flush()
         return 0
-    except (InputError, CheckpointError) as error:
-        status = 2
-        message = f"error: {error}"
     except BrokenPipeError:  # of predict.py | head
         sys.stdout = None
         return 1
+    except (InputError, CheckpointError) as error:
+        status, message = 2, f"error: {error}"
     except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:  # it diverged; a full disk; no memory
-        message = f"error: {error}{resumes}"
+        status, message = 1, f"error: {error}{resumes}"
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):  # gloo's has no class of its own
             raise
         reason = "another process was lost, whose own message says why, or did not come in time"
-        message = f"error: {reason} ({first_line(error)})"
+        status, message = 1, f"error: {reason} ({first_line(error)})"
     except KeyboardInterrupt:
-        status = 130
-        message = f"interrupted{resumes}"
+        status, message = 130, f"interrupted{resumes}"
     show(f"{name}: {message}", stream="stderr")
     return status

@@ -1616,8 +1616,8 @@ def test_odd_surroundings_change_nothing(small, command, tmp_path, monkeypatch, 
     files, every checkpoint, and every line in log.txt."""
     out = tmp_path / os.fsdecode(b"\xff" if kind == "path" else b"run")
     reader, writer = os.pipe()
-    saved, save = [], bam.save_checkpoint
-    monkeypatch.setattr(bam, "save_checkpoint", lambda *words: saved.append(save(*words)))
+    saved, save = [], runtime.save_checkpoint
+    monkeypatch.setattr(runtime, "save_checkpoint", lambda *words: saved.append(save(*words)))
     if kind == "no reader":
         os.close(reader)
     if kind != "path":
@@ -1693,13 +1693,15 @@ def training(tmp_path):
 def test_the_log_is_cut_where_the_checkpoint_ends(tmp_path):
     """And its size is that of the file, also where nothing was logged since the run resumed."""
     with Run(tmp_path, "cpu", "float32") as run:
-        schedule = np.zeros((40, 1), int)
-        progress = runtime.Progress(run, tmp_path, 0, 0, dataset([3]), schedule)
+        arguments = run, tmp_path, dataset([3]), np.zeros((40, 1), int), {}, 1
+        progress = runtime.Progress(*arguments)
         progress.write({"step": 0})
-        size = progress.sync()
+        progress.save(10)
         progress.write({"step": 20})
-        progress = runtime.Progress(run, tmp_path, 10, size, dataset([3]), schedule)
-        assert progress.sync() == size and read_lines(tmp_path / "metrics.jsonl") == [{"step": 0}]
+        for _ in range(2):
+            progress = runtime.Progress(*arguments)
+            assert progress.resume() == 10 and read_lines(tmp_path / "metrics.jsonl") == [{"step": 0}]
+            progress.save(10)
 
 
 def test_a_gradient_that_is_not_finite_stops_at_its_step(training, tmp_path):
@@ -1786,12 +1788,12 @@ def test_another_process_was_asked_to_stop(monkeypatch):
 
 def test_a_disk_that_fails_costs_no_checkpoint(tmp_path, monkeypatch):
     """A checkpoint that cannot be read for now ends the command, and stays: it may be good."""
-    state = {"training": torch.tensor(1), "progress": torch.tensor([1, 0])}
-    runtime.save_checkpoint(tmp_path, state)
+    progress = runtime.Progress(Run(None, "cpu"), tmp_path, dataset([3]), np.zeros((1, 1), int), {}, 1)
+    progress.save(1)
     file = Mock(wraps=open(tmp_path / runtime.CHECKPOINT, "rb"), readinto=Mock(side_effect=OSError(5, "I/O error")))
     monkeypatch.setattr(bert, "open", lambda path, mode: contextlib.nullcontext(file), raising=False)
     with pytest.raises(CheckpointError, match="cannot be read"):
-        runtime.resume(Run(None, "cpu"), tmp_path, state)
+        progress.resume()
     assert (tmp_path / runtime.CHECKPOINT).exists()
 
 
@@ -1828,7 +1830,7 @@ def test_a_damaged_run_directory_is_named(small, command, tmp_path):
     shutil.copytree(small[1], tmp_path / "run")
     student = tmp_path / "run" / "trial-1" / "single-multi"
     logits = student.with_name("single") / "rte" / "rte.train-logits.npy"
-    state = bam.Adam(load_pretrained(student), Recipe()).state(7, 5, 0)
+    state = bam.Adam(load_pretrained(student), Recipe()).state
 
     def refuses(path, content, message):
         path.write_bytes(content)
@@ -1843,7 +1845,8 @@ def test_a_damaged_run_directory_is_named(small, command, tmp_path):
     refuses(logits, whole[:-9], "cannot be read")
     refuses(logits, other_data.getvalue(), "cannot be read (shape")
     logits.unlink()
-    bert.write_safetensors(student / "training.safetensors", state)
+    state |= {"training": torch.tensor(7), "progress": torch.tensor([5, 0])}
+    runtime.save_checkpoint(student, state)
     status, stdout, _ = command(*small[0], "--out", tmp_path / "run")
     assert status == 0 and f"{student / 'training.safetensors'}: belongs to another training (other data, recipe, seed or weights) and is ignored" in stdout
     assert files_of(tmp_path / "run", RESULTS) == files_of(small[1], RESULTS)
