@@ -173,7 +173,8 @@ def brief(fields):
     return repr(", ".join(fields)[:200])
 
 
-def first_line(data):
+def first_fields(data):
+    """The fields of a TSV file's first line."""
     line = data.partition(b"\n")[0].decode("utf-8-sig", "replace")
     return line.removesuffix("\r").split("\t")
 
@@ -194,7 +195,7 @@ def read_split(task, split, root):
     path = Path(root) / task.folder / task.files[split]
     data = read_file(path, "a file of GLUE")
     is_test = split in dict(task.test)
-    has_index = is_test and "index" in first_line(data)
+    has_index = is_test and "index" in first_fields(data)
     wanted = [*task.text, "index"] if has_index else [*task.text] if is_test else [*task.text, task.label]
     texts = []
     labels = array("f")
@@ -291,7 +292,7 @@ def text_dataset(task, first, second, tokenizer, max_length):
 
 def make_dataset(task, examples, tokenizer, max_length):
     """A Split as a Dataset of one task: [CLS] a [SEP], or [CLS] a [SEP] b [SEP] if any token of b is left."""
-    input_ids, lengths, segment_starts = array("i"), array("i"), array("i")
+    input_ids, offsets, segment_starts = array("i"), array("q", [0]), array("i")
     first = tokenizer(examples.first)
     second = tokenizer(examples.second) if examples.second else [[]] * len(first)
     for a, b in zip(first, second, strict=True):
@@ -301,11 +302,11 @@ def make_dataset(task, examples, tokenizer, max_length):
         if b:
             ids += [*b[:kept_b], tokenizer.sep_id]
         input_ids.extend(ids)
-        lengths.append(len(ids))
+        offsets.append(len(input_ids))
     return Dataset(
         tasks=(task,),
         input_ids=np.array(input_ids),
-        offsets=np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))),
+        offsets=np.array(offsets),
         segment_starts=np.array(segment_starts),
         task_ids=np.zeros(len(first), np.int32),
         labels=examples.labels,
@@ -335,17 +336,14 @@ def describe_examples(dataset, examples):
 
 def concatenate(datasets):
     """Datasets of one task each, in this order, as one Dataset; each task's labels have columns of their own."""
-    joined = lambda name: np.concatenate([getattr(dataset, name) for dataset in datasets])
+    end_to_end = ("input_ids", "segment_starts", "lines", "index")
     lengths = np.concatenate([np.diff(dataset.offsets) for dataset in datasets])
     return Dataset(
         tasks=tuple(dataset.tasks[0] for dataset in datasets),
-        input_ids=joined("input_ids"),
         offsets=np.concatenate(([0], np.cumsum(lengths))),
-        segment_starts=joined("segment_starts"),
         task_ids=np.repeat(np.arange(len(datasets), dtype=np.int32), [len(dataset) for dataset in datasets]),
         labels=block_diagonal([dataset.labels for dataset in datasets]),
-        lines=joined("lines"),
-        index=joined("index"),
+        **{name: np.concatenate([getattr(dataset, name) for dataset in datasets]) for name in end_to_end},
     )
 
 

@@ -34,7 +34,7 @@ def finished_models(run, tasks, regime=None):
     for task in tasks:
         if task.name not in folders:
             raise glue_data.InputError(f"--task: no model of {task.name} in {run}; there are {', '.join(folders)}")
-    return {name: folder for name, folder in folders.items() if not tasks or name in [task.name for task in tasks]}
+    return {task.name: folders[task.name] for task in tasks} or folders
 
 
 def load_model(run, folder, task):
@@ -58,7 +58,7 @@ def read_sentences(task, data, path):
     One example a line, with a tab between the sentences of a pair; or with a header, whose columns are found by name. A
     first line that may be a header of other names is refused, because its prediction would shift all the others.
     """
-    names = glue_data.first_line(data)
+    names = glue_data.first_fields(data)
     header = () if set(task.text) <= set(names) else task.text
     if header and data and all(COLUMN_NAME.fullmatch(name) for name in names):
         header = "<TAB>".join(task.text)
@@ -101,11 +101,9 @@ def public_head(encoder, weight, bias):
     if encoder == "bert":
         return {"classifier.weight": weight, "classifier.bias": bias}
     k, hidden = weight.shape
-    one = torch.eye(k)
-    dense = torch.zeros(hidden, hidden)
-    dense[: 2 * k] = torch.cat([weight, -weight])
-    out = torch.zeros(k, hidden)
-    out[:, : 2 * k] = torch.cat([one, -one], 1)
+    unused = hidden - 2 * k
+    dense = torch.cat([weight, -weight, torch.zeros(unused, hidden)])  # (H, H)
+    out = torch.cat([torch.eye(k), -torch.eye(k), torch.zeros(k, unused)], 1)  # (k, H)
     tensors = {"dense.weight": dense, "dense.bias": torch.zeros(hidden), "out_proj.weight": out, "out_proj.bias": bias}
     return {f"classifier.{name}": tensor for name, tensor in tensors.items()}
 
