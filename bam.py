@@ -54,7 +54,7 @@ class Recipe:
     batch_size: int = setting(32, "examples a step; larger where tasks mix", low=1)
     epochs: float = setting(3.0, "steps = epochs · examples / batch_size, at least 1, with any exponent", 1e-3, 1e6)
     warmup: float = setting(0.1, "part of the steps in which the rate rises from 0, as Adam needs here", high=1)
-    layer_decay: float = setting(0.9, "α: a layer's rate is α times that of the layer above; low layers are general")
+    layer_decay: float = setting(0.9, "α: a layer's rate is α times the one above; low layers are general", high=1)
     weight_decay: float = setting(0.01, "decoupled; not on biases and LayerNorm")
     clip_norm: float = setting(1.0, "largest norm of a batch's summed gradient; active at nearly every step", low=1e-9)
     exponent: float = setting(0.75, "tasks are sampled with p ∝ size^exponent: 1 by size, 0 all alike", high=10)
@@ -435,16 +435,17 @@ def submit(experiment, run, folders, path):
             if name in experiment.data[task.name]:
                 dataset = experiment.data[task.name][name]
                 logits = predict(load(folders[task.name]).to(run.device), dataset, run)
+                name = f"{task.name}-{name}" if name in predictions else name  # only tasks of one's own share a name
                 predictions[name] = (glue_data.answers(task, logits), dataset.index)
     if not predictions:
         return run.say(f"{path}: not written, since the data has no test files")
     if "wnli" not in folders:  # its 146 examples get their majority class, as in the paper
         predictions["WNLI"] = (["0"] * 146, range(146))
     run.on_rank_0(write_whole, path, glue_data.submission_zip(predictions))
-    names = [name for task in glue_data.TASKS.values() for name, _ in task.test]
+    names = [name for task in (*glue_data.EIGHT, "wnli") for name, _ in glue_data.TASKS[task].test]
     missing = [name for name in names if name not in predictions]
     absent = f"; not in it, so the leaderboard would refuse it: {', '.join(missing)}" if missing else ""
-    run.say(f"{path}: {len(predictions)} of {len(names)} files{absent}")
+    run.say(f"{path}: {len(predictions)} files{absent}")
 
 
 # --------------------------------------------------------------------------------------------------------- the command

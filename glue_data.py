@@ -41,7 +41,7 @@ class Task:
     folder: str  # the official folder, and the name in the paper's table; --task takes either
     text: tuple[str, ...]  # column names of the one or two sentences
     label: str = "label"  # column name of the label
-    labels: tuple[str, ...] = ()  # label words; none: a score
+    labels: tuple[str, ...] = ()  # label words, F1 of the second; none: a score
     scores: tuple[float, float] = (0.0, 5.0)  # the range of scores
     metrics: tuple[str, ...] = ("accuracy",)
     symmetric: bool = False  # train on every pair twice, the second time swapped
@@ -51,6 +51,13 @@ class Task:
     test: tuple[tuple[str, str], ...] = ()  # (name in the submission, file)
 
     def __post_init__(self):
+        for words in (self.text, self.labels):
+            if not isinstance(words, tuple) or len({word for word in words if isinstance(word, str)}) < len(words):
+                raise InputError(f"task {self.name}: {words!r}; expected a tuple of different words")
+        sentences = (2,) if self.symmetric else (1, 2)
+        if len(self.text) not in sentences:
+            expected = " or ".join(map(str, sentences))
+            raise InputError(f"task {self.name}: {len(self.text)} columns of text; expected {expected}")
         suitable = ("pearson", "spearman") if self.is_regression else ("accuracy", "f1", "matthews")
         if not set(self.metrics) <= set(suitable):
             raise InputError(f"task {self.name}: metrics are {self.metrics}; expected some of {suitable}")

@@ -8,6 +8,7 @@ before anything is trained.
 
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import math
 import os
@@ -163,9 +164,15 @@ def checkpoint_folder(name, run):
 
 
 def download(run, *arguments):
-    """Run download_glue.sh, all the network code there is."""
+    """Run download_glue.sh, all the network code there is, once no other command does so."""
     script = Path(__file__).with_name("download_glue.sh")
-    if subprocess.run(["bash", str(script), *arguments], env={**os.environ, "PYTHON": sys.executable}).returncode:
+    lock = Path(arguments[-1] + ".lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w") as file:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        result = subprocess.run(["bash", str(script), *arguments], env={**os.environ, "PYTHON": sys.executable})
+    if result.returncode:
         run.stop_if_asked()  # Ctrl-C ends the script too
         raise InputError(f"{script.name} {' '.join(arguments)} failed, as said above; --demo needs no download")
 
@@ -188,6 +195,7 @@ def load_data(checkpoint, run, tasks, folder, max_length, limit):
         tests = [split for split, file in task.test if (folder / task.folder / file).exists()]
         data[task.name] = {}
         for split in ["train", *dict(task.dev), *tests]:
+            run.stop_if_asked()
             arguments = task, split, folder, tokenizer, max_length, limit if split == "train" else None
             data[task.name][split] = dataset = load_cached(run, *arguments)
             words = dataset.input_ids[~np.isin(dataset.input_ids, (tokenizer.cls_id, tokenizer.sep_id))]

@@ -102,6 +102,8 @@ def public_head(encoder, weight, bias):
         return {"classifier.weight": weight, "classifier.bias": bias}
     k, hidden = weight.shape
     unused = hidden - 2 * k
+    if unused < 0:
+        raise glue_data.InputError(f"--export: ELECTRA's head there holds {hidden // 2} labels at most, not {k}")
     dense = torch.cat([weight, -weight, torch.zeros(unused, hidden)])  # (H, H)
     out = torch.cat([torch.eye(k), -torch.eye(k), torch.zeros(k, unused)], 1)  # (k, H)
     tensors = {"dense.weight": dense, "dense.bias": torch.zeros(hidden), "out_proj.weight": out, "out_proj.bias": bias}
@@ -132,6 +134,8 @@ def export(args, folders):
         if len(model.num_outputs) > 1 and not args.task and encoders.setdefault(source, name) == name:
             targets[Path(args.export) / "encoder"] = None
         for target, its_task in targets.items():
+            if (target / "scores.json").exists():
+                raise glue_data.InputError(f"--export: {target} is a model of a run; expected another folder")
             target.mkdir(parents=True, exist_ok=True)
             write_public(model, target, its_task)
             tokenizer.save(target, max_length)

@@ -6,6 +6,7 @@ Hugging Face figures, hand-written files, and brute force. No network. `python -
 """
 
 import contextlib
+import fcntl
 import functools
 import gc
 import gzip
@@ -30,6 +31,7 @@ import threading
 import time
 import weakref
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -266,15 +268,21 @@ def test_a_task_of_ones_own_over_a_folder_of_glue(monkeypatch):
     assert heading.split() == ["Model", "Avg", "one", "two"] and row.split() == ["Single", "70.0", "90.0", "50.0"]
 
 
-@pytest.mark.parametrize("labels, metrics, message", [
-    (("a",), ("accuracy", "f1"), "f1 needs two labels; there are 1"),
-    ((), ("accuracy",), "expected some of ('pearson', 'spearman')"),
-    (("a", "b"), ("accuracy", "pearson"), "expected some of ('accuracy', 'f1', 'matthews')"),
-    (("a", "b"), "accuracy", "metrics are accuracy; expected some of"),
+@pytest.mark.parametrize("fields, message", [
+    ({"labels": ("a",), "metrics": ("accuracy", "f1")}, "f1 needs two labels; there are 1"),
+    ({"labels": ()}, "expected some of ('pearson', 'spearman')"),
+    ({"metrics": ("accuracy", "pearson")}, "expected some of ('accuracy', 'f1', 'matthews')"),
+    ({"metrics": "accuracy"}, "metrics are accuracy; expected some of"),
+    ({"labels": ("yes, no")}, "'yes, no'; expected a tuple of different words"),
+    ({"labels": ("yes", "no", "yes")}, "('yes', 'no', 'yes'); expected a tuple"),
+    ({"labels": (0, 1)}, "(0, 1); expected a tuple"),
+    ({"text": "ab"}, "'ab'; expected a tuple"),
+    ({"text": ("a", "b", "c")}, "3 columns of text; expected 1 or 2"),
+    ({"symmetric": True}, "1 columns of text; expected 2"),
 ])  # fmt: skip
-def test_metrics_suit_their_task(labels, metrics, message):
+def test_an_entry_of_tasks_is_checked(fields, message):
     with pytest.raises(InputError, match=re.escape(message)):
-        glue_data.Task("own", "Own", ("text",), labels=labels, metrics=metrics)
+        glue_data.Task("own", "Own", **{"text": ("text",), "labels": ("0", "1"), **fields})
 
 
 def test_task_names():
@@ -1115,6 +1123,8 @@ def test_electra_saves_trains_and_exports(tmp_path, size):
     arguments = [{"input_ids": ids[None], "token_type_ids": segments[None].long()} for ids, segments in examples]
     cls = torch.stack([theirs(**example).last_hidden_state[0, 0] for example in arguments])
     torch.testing.assert_close(encode(model, batch)[-1], cls, atol=1e-5, rtol=0)
+    with pytest.raises(InputError, match="8 labels at most, not 9"):
+        predict.public_head("electra", torch.zeros(9, 16), torch.zeros(9))
     for task, labels in {"rte": ("a", "b"), "mnli": ("a", "b", "c"), "stsb": ()}.items():
         predict.write_public(model, tmp_path, replace(TASKS[task], labels=labels))
         theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
@@ -1448,14 +1458,14 @@ def test_a_submission_has_its_files_and_names_those_it_lacks(quick, small, comma
             header, *lines = archive.read(f"{name}.tsv").decode().splitlines()
             assert header == "index\tprediction" and {line.split("\t")[1] for line in lines} <= set(words)
             assert [line.split("\t")[0] for line in lines] == [str(i) for i in range(len(lines))]
-    assert "6 of 11 files; not in it, so the leaderboard would refuse it: CoLA, SST-2, MRPC, QQP, QNLI" in quick[1]
+    assert "6 files; not in it, so the leaderboard would refuse it: CoLA, SST-2, MRPC, QQP, QNLI" in quick[1]
     log = (small[1] / "log.txt").read_text()
     assert "submission.zip: not written, since the data has no test files\n" in log and "collapsed" not in log
     assert not list(small[1].glob("**/submission.zip")) and "collapsed run: every answer is " in quick[1]
     for folder in ("glue", "run"):
         shutil.copytree(small[1].parent / folder, tmp_path / folder)
     write_split(tmp_path / "glue", "rte", "sentence1\tsentence2\nw1\tw2", "RTE")
-    for said in ("2 of 11 files; not in it", "kept; delete it to have it written again"):
+    for said in ("2 files; not in it", "kept; delete it to have it written again"):
         status, stdout, _ = command(*small[0], "--data", tmp_path / "glue", "--out", tmp_path / "run")
         assert status == 0 and said in stdout and " step " not in stdout
 
@@ -2204,6 +2214,8 @@ def test_exported_models_are_hugging_faces(quick, command, tmp_path):
     assert [path.name for path in (tmp_path / "one").iterdir()] == ["rte"]
     assert command(out, "--export", tmp_path / "all", main=predict.main)[0] == 0
     assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["encoder", "mnli", "rte", "stsb"]
+    status, _, stderr = command(out, "--export", out / "trial-1" / "single", main=predict.main)
+    assert status == 2 and "is a model of a run; expected another folder" in stderr
     folder = out / "trial-1" / "single-multi"
     model, tokenizer = load_pretrained(folder).eval(), Tokenizer(folder)
     encoder = transformers.AutoModel.from_pretrained(tmp_path / "all" / "encoder").eval()
@@ -2221,11 +2233,11 @@ def test_exported_models_are_hugging_faces(quick, command, tmp_path):
 
 
 def test_a_task_of_ones_own_is_an_entry_and_a_folder(quick, command, tmp_path, monkeypatch):
-    """The README's two entries, as they stand there: pairs with labels, and a score in a range, trained and predicted;
-    where an entry is missing, the export of the run says so."""
+    """The README's two entries: pairs with labels, and a score in a range, trained and predicted, their test files of one
+    name too; where an entry is missing, the export of the run says so."""
     entries = re.search(r"```python\n(Task\(.*?)```", README, re.S)[1]
     for task in eval(f"({entries})", {"Task": glue_data.Task}):
-        monkeypatch.setitem(TASKS, task.name, task)
+        monkeypatch.setitem(TASKS, task.name, replace(task, test=(("test", "dev.tsv"),)))
     for folder, header, line in (
         ("BoolQ", "question\tpassage\tlabel", "will the cook mend the car ?\tthe chef will mend {0} .\t{1}"),
         ("Toxicity", "severity\tcomment", "-{2}\tthe hat is awful {0} ."),
@@ -2237,6 +2249,8 @@ def test_a_task_of_ones_own_is_an_entry_and_a_folder(quick, command, tmp_path, m
     arguments = ["--task", "boolq,toxic", "--data", tmp_path / "data", "--checkpoint", quick[0] / "demo" / "checkpoint"]
     status, stdout, stderr = command(*arguments, "--max-length", "64", "--batch-size", "8", *EXACT, "--out", tmp_path / "run")
     assert status == 0 and "BoolQ  Toxicity" in stdout, stderr
+    with zipfile.ZipFile(tmp_path / "run" / "trial-1" / "single-multi" / "submission.zip") as archive:
+        assert archive.namelist() == ["test.tsv", "toxic-test.tsv", "WNLI.tsv"]
     ask = [tmp_path / "run", "--task", "toxic", "--text", "the hat is ugly .", *EXACT]
     header, score = command(*ask, main=predict.main)[1].split()
     assert header == "prediction" and -10 <= float(score) <= 10
@@ -2649,6 +2663,22 @@ def test_download_without_a_file_or_a_server(mirror, tmp_path):
     fails(result, f"cannot fetch {mirror.url}/{FAIR}CoLA.zip (error 404)")
     result = download("http://127.0.0.1:9", tmp_path, "glue", tmp_path / "glue")
     fails(result, "http://127.0.0.1:9/dl.", "curl: (7)", f"under {tmp_path}/glue", "BAM_MIRROR", "python bam.py --demo")
+    assert not (tmp_path / "glue").exists()  # so that files brought there by hand are not taken for a part
+
+
+def test_download_waits_for_another_command(mirror, tmp_path, monkeypatch):
+    monkeypatch.setenv("BAM_MIRROR", mirror.url)
+    folder = tmp_path / "new" / "glue"
+    folder.parent.mkdir()
+    with ThreadPoolExecutor() as pool:
+        with open(tmp_path / "new" / "glue.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            waiting = pool.submit(inputs.download, Run(None, "cpu"), "glue", str(folder))
+            time.sleep(0.5)
+            assert not folder.exists()
+        with pytest.raises(InputError, match="failed"):
+            waiting.result()
+    assert mirror.requests
 
 
 # ---------------------------------------------------------------------------------------------------------- bench_bam.py
