@@ -2374,7 +2374,7 @@ def test_figure_is_self_contained_and_follows_the_colour_scheme(tmp_path):
     run = write_run(tmp_path / "<script>&\udc80", regimes=figure.REGIMES, trials=[[60], [70]])
     write_stage(run / "trial-1/single/<b>", steps=41)
     content = figure.draw(run).read_bytes()
-    assert ElementTree.fromstring(content) and figure.draw(run).read_bytes() == content
+    assert ElementTree.fromstring(content) is not None and figure.draw(run).read_bytes() == content
     assert b"prefers-color-scheme: dark" in content and b"&lt;script&gt;&amp;?" in content
     assert re.findall(rb"https?://[^\"]+", content) == [b"http://www.w3.org/2000/svg"]
     assert not re.search(rb"<script|<b>|@import|url\(|href|\r", content)
