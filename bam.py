@@ -52,13 +52,13 @@ class Recipe:
 
     learning_rate: float = setting(5e-5, "peak rate; higher for the larger batches of several tasks")
     batch_size: int = setting(32, "examples a step; larger where tasks mix", low=1)
-    epochs: float = setting(3.0, "steps = epochs · examples / batch_size, at least 1, with any exponent", 1e-3, 1e6)
+    epochs: float = setting(3.0, "steps = epochs · examples / batch_size, at least 1, whatever the exponent", 1e-3, 1e6)
     warmup: float = setting(0.1, "part of the steps in which the rate rises from 0, as Adam needs here", high=1)
     layer_decay: float = setting(0.9, "α: a layer's rate is α times the one above; low layers are general", high=1)
     weight_decay: float = setting(0.01, "decoupled; not on biases and LayerNorm")
     clip_norm: float = setting(1.0, "largest norm of a batch's summed gradient; active at nearly every step", low=1e-9)
     exponent: float = setting(0.75, "tasks are sampled with p ∝ size^exponent: 1 by size, 0 all alike", high=10)
-    gold_weight: float | None = setting(None, "λ: none for step / num_steps; or constant, 0 teacher to 1 gold", high=1)
+    gold_weight: float | None = setting(None, "λ: none is step / num_steps; or a constant, 0 teacher to 1 gold", high=1)
     max_length: int = setting(128, "tokens that an example is cut to; few GLUE examples are longer", low=8)
 
 
@@ -118,8 +118,8 @@ def annealing_weight(step, num_steps, constant=None):
 
 
 def distillation_loss(logits, labels, teacher_logits, own, regression, gold_weight):
-    """Each example's loss (B,) against λ · gold + (1 − λ) · teacher: cross-entropy, where the teacher's part is the
-    softmax of its logits (temperature 1), or squared error, where it is its score (the original's bam/task_specific).
+    """Each example's loss (B,) against λ · gold + (1 − λ) · teacher: cross-entropy, with the softmax of the
+    teacher's logits (temperature 1), or squared error, with the teacher's score (the original's bam/task_specific).
 
     logits, labels, teacher_logits: (B, K). own: (B, K), which outputs belong to the example's own task. regression:
     (B,), whether that task is a score. gold_weight: λ, 0-dimensional.
@@ -259,8 +259,8 @@ def training_identity(model, recipe, dataset, teacher_logits, seed):
 def train(model, dataset, teacher_logits, recipe, seed, run, folder=None, evaluate_now=None):
     """Train on a dataset of one or several tasks; teacher_logits (N, K), or None to learn from the labels alone.
 
-    Progress goes to metrics.jsonl in the folder (by default the run's own), and every few minutes all that a repeated
-    command needs to resume goes to training.safetensors. evaluate_now(): the dev scores that --evaluate-every logs.
+    It writes metrics.jsonl in the folder (by default the run's own) and, every few minutes, training.safetensors, from
+    which a repeated command resumes. evaluate_now(): the dev scores that --evaluate-every logs.
     """
     folder = Path(folder or run.folder)
     run.on_rank_0(folder.mkdir, parents=True, exist_ok=True)
@@ -274,7 +274,7 @@ def train(model, dataset, teacher_logits, recipe, seed, run, folder=None, evalua
     model.train()
     rehearse(model, dataset, targets, run)
     progress = Progress(run, folder, dataset, schedule, optimizer.state, training_id)
-    start = progress.resume()  # from a checkpoint of this training, by way of the optimizer's vectors; else 0
+    start = progress.resume()  # fills optimizer.state, whose views are the parameters; 0 without a checkpoint
     for step in range(start, num_steps):
         gold_weight = annealing_weight(step, num_steps, constant)
         examples = schedule[step, run.rank :: run.world]  # this process's share of the batch
@@ -296,8 +296,8 @@ def train(model, dataset, teacher_logits, recipe, seed, run, folder=None, evalua
 
 @torch.no_grad()
 def predict(model, dataset, run, may_stop=True):
-    """The logits (N, outputs) of a dataset of one task, in its order, without dropout. may_stop: end where a signal has
-    asked for it."""
+    """The logits (N, outputs) of a dataset of one task, in its order, without dropout. may_stop: whether a signal may
+    end it."""
     model.eval()
     columns = model.columns[dataset.tasks[0].name]
     outputs = torch.zeros(dataset.labels.shape, device=run.device)  # (N, outputs)
@@ -368,7 +368,7 @@ def run_regime(experiment, run, name, trial, copy=1):
 def train_model(experiment, run, regime, tasks, teachers, folder):
     """Train one model and leave its folder: weights, tokenizer, metrics, dev predictions, and, last, scores.json."""
     seed = model_seed(experiment.seed, folder.relative_to(run.folder))
-    if run.exists(folder / WEIGHTS[0]):  # trained, but not evaluated to the end
+    if run.exists(folder / WEIGHTS[0]):  # model.safetensors: trained, but not evaluated to the end
         model = load_pretrained(folder).to(run.device)
     else:
         dataset = concatenate([experiment.data[task.name]["train"] for task in tasks])
@@ -425,7 +425,7 @@ def model_seed(seed, path):
 
 
 def submit(experiment, run, folders, path):
-    """Predict every test split that is there and write the leaderboard's zip; say which of its files are missing."""
+    """Predict every test split that is there and write the leaderboard's zip; say which files it lacks."""
     if run.exists(path):
         return run.say(f"{path}: kept; delete it to have it written again")
     load = functools.lru_cache(maxsize=1)(load_pretrained)  # a model of several tasks is loaded once
@@ -435,8 +435,8 @@ def submit(experiment, run, folders, path):
             if name in experiment.data[task.name]:
                 dataset = experiment.data[task.name][name]
                 logits = predict(load(folders[task.name]).to(run.device), dataset, run)
-                name = f"{task.name}-{name}" if name in predictions else name  # only tasks of one's own share a name
-                predictions[name] = (glue_data.answers(task, logits), dataset.index)
+                key = f"{task.name}-{name}" if name in predictions else name  # added tasks can share a name
+                predictions[key] = (glue_data.answers(task, logits), dataset.index)
     if not predictions:
         return run.say(f"{path}: not written, since the data has no test files")
     if "wnli" not in folders:  # its 146 examples get their majority class, as in the paper
@@ -444,7 +444,7 @@ def submit(experiment, run, folders, path):
     run.on_rank_0(write_whole, path, glue_data.submission_zip(predictions))
     names = [name for task in (*glue_data.EIGHT, "wnli") for name, _ in glue_data.TASKS[task].test]
     missing = [name for name in names if name not in predictions]
-    absent = f"; not in it, so the leaderboard would refuse it: {', '.join(missing)}" if missing else ""
+    absent = f"; the leaderboard would refuse it without {', '.join(missing)}" if missing else ""
     run.say(f"{path}: {len(predictions)} files{absent}")
 
 

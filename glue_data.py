@@ -41,7 +41,7 @@ class Task:
     folder: str  # the official folder, and the name in the paper's table; --task takes either
     text: tuple[str, ...]  # column names of the one or two sentences
     label: str = "label"  # column name of the label
-    labels: tuple[str, ...] = ()  # label words, F1 of the second; none: a score
+    labels: tuple[str, ...] = ()  # label words, the second positive for F1; none: a score
     scores: tuple[float, float] = (0.0, 5.0)  # the range of scores
     metrics: tuple[str, ...] = ("accuracy",)
     symmetric: bool = False  # train on every pair twice, the second time swapped
@@ -54,12 +54,12 @@ class Task:
         for words in (self.text, self.labels):
             if not isinstance(words, tuple) or len({word for word in words if isinstance(word, str)}) < len(words):
                 raise InputError(f"task {self.name}: {words!r}; expected a tuple of different words")
-        sentences = (2,) if self.symmetric else (1, 2)
-        if len(self.text) not in sentences:
-            expected = " or ".join(map(str, sentences))
+        counts = (2,) if self.symmetric else (1, 2)
+        if len(self.text) not in counts:
+            expected = " or ".join(map(str, counts))
             raise InputError(f"task {self.name}: {len(self.text)} columns of text; expected {expected}")
         suitable = ("pearson", "spearman") if self.is_regression else ("accuracy", "f1", "matthews")
-        if not set(self.metrics) <= set(suitable):
+        if not self.metrics or not set(self.metrics) <= set(suitable):
             raise InputError(f"task {self.name}: metrics are {self.metrics}; expected some of {suitable}")
         if "f1" in self.metrics and len(self.labels) != 2:
             raise InputError(f"task {self.name}: f1 needs two labels; there are {len(self.labels)}")
@@ -209,7 +209,8 @@ def read_split(task, split, root):
     lines = {}  # {number in a submission: line}
     for line, words in parse_tsv(data, path, wanted, () if is_test else task.header):
         texts.append(words[: len(task.text)])
-        lines[read_index(words[-1], lines, path, line) if has_index else len(lines)] = line
+        number = read_index(words[-1], lines, path, line) if has_index else len(lines)
+        lines[number] = line
         labels.extend([0.0] * task.num_outputs if is_test else read_label(task, words[-1], path, line))
     first, second = sentences_of(task, texts, path)
     labels = np.array(labels).reshape(-1, task.num_outputs)  # (N, K)
@@ -298,7 +299,7 @@ def text_dataset(task, first, second, tokenizer, max_length):
 
 
 def make_dataset(task, examples, tokenizer, max_length):
-    """A Split as a Dataset of one task: [CLS] a [SEP], or [CLS] a [SEP] b [SEP] if any token of b is left."""
+    """A Split as a Dataset of one task: [CLS] a [SEP], or [CLS] a [SEP] b [SEP] if b has a token."""
     input_ids, offsets, segment_starts = array("i"), array("q", [0]), array("i")
     first = tokenizer(examples.first)
     second = tokenizer(examples.second) if examples.second else [[]] * len(first)

@@ -164,9 +164,9 @@ def checkpoint_folder(name, run):
 
 
 def download(run, *arguments):
-    """Run download_glue.sh, all the network code there is, once no other command does so."""
+    """Run download_glue.sh, all the network code there is, after other commands that download to the same folder."""
     script = Path(__file__).with_name("download_glue.sh")
-    lock = Path(arguments[-1] + ".lock")
+    lock = Path(arguments[-1] + ".lock")  # the last argument is the folder
     lock.parent.mkdir(parents=True, exist_ok=True)
     with open(lock, "w") as file:
         with contextlib.suppress(OSError):  # a file system without locks

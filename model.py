@@ -66,8 +66,8 @@ class BertLayer(nn.Module):
         self.ffn_norm = nn.LayerNorm(hidden, config.layer_norm_eps)
 
     def forward(self, x, layout, only_cls=False):
-        """x (T, H) to (T, H). layout, ops.Padded or ops.Buckets, has attention. With only_cls, for the last layer, to
-        (B, H), the [CLS] tokens: nothing else is read, so of the others only keys and values are computed."""
+        """x (T, H) to (T, H). layout, ops.Padded or ops.Buckets, attends inside each sequence. With only_cls, for the
+        last layer, to (B, H), the [CLS] tokens: of the others, which nobody reads, only keys and values are computed."""
         hidden = self.config.hidden_size
         heads = self.config.num_attention_heads
         p_hidden = self.config.hidden_dropout_prob if self.training else 0.0
@@ -85,7 +85,7 @@ class BertLayer(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding without values on the meta device: PyTorch would load its compiler to draw them, for seconds."""
+    """nn.Embedding that draws no values on the meta device: that would load PyTorch's compiler, for seconds."""
 
     def reset_parameters(self):
         if not self.weight.is_meta:
@@ -149,7 +149,7 @@ class MultiTaskBert(nn.Module):
     def embed(self, input_ids, segment_ids, position_ids):
         """Token, segment and position ids (T,) each to embeddings (T, H)."""
         words = self.word_embeddings.weight
-        # On a CPU autograd then adds only the rows of the batch's words to the gradient, not a whole table.
+        # On a CPU, to a gradient that Adam has made, autograd then adds only the rows of the batch's words.
         sparse = words.device.type == "cpu" and words.grad is not None and not torch.compiler.is_compiling()
         x = F.embedding(input_ids, words, sparse=sparse) + self.position_embeddings(position_ids)  # (T, E)
         x = self.embeddings_norm(x + self.segment_embeddings(segment_ids))
@@ -168,7 +168,7 @@ class MultiTaskBert(nn.Module):
 
     def forward(self, batch, bfloat16=False):
         """An ops.Packed of B sequences to the logits (B, K) of every head. bfloat16: products in it, sums in float32.
-        The heads compute in float32: bfloat16 would round STS-B's scores, up to 5, to steps of 0.02."""
+        The heads compute in float32: in bfloat16 STS-B's scores, up to 5, would have steps of 0.02."""
         pooled_output = self.compiled if self.compiled and self.training else MultiTaskBert.pooled_output
         tokens = batch.input_ids, batch.segment_ids, batch.position_ids
         pooled = pooled_output(self, *tokens, batch.layout, bfloat16)  # (B, H)

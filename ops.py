@@ -84,7 +84,7 @@ def upload_padded(batch, device):
     """The same for an accelerator: one copy out of pinned memory, for which nothing waits. The layout is Padded.
 
     A sequence of one token is added at the end. Nobody reads it, so its gradient is 0, and padding can be copies of it.
-    It also keeps B above 1, for which torch.compile would make another graph.
+    It also keeps B from being 1, for which torch.compile would make another graph.
     """
     tokens = [np.append(array, 0) for array in (batch.input_ids, batch.segment_ids, batch.position_ids)]  # (T,) each
     lengths = np.append(np.diff(batch.cu_seqlens), 1)  # (B,)

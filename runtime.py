@@ -246,18 +246,19 @@ class Run:
             raise KeyboardInterrupt
 
     def time_to_save(self, step):
-        """Whether minutes or steps have passed, or a signal has asked to stop; the same answer in every process."""
+        """Whether to save now: save_minutes or save_steps are over, or a signal has asked to stop. All processes agree,
+        and a yes begins the minutes anew."""
         now = time.monotonic()
         on_step = self.save_steps and (step + 1) % self.save_steps == 0
         asked = self.asked_at is not None
         due = asked or on_step or now - self.saved_at > self.save_seconds
         if self.world > 1:
             if self.device.type == "cuda" and step % Progress.EVERY and not on_step:
-                return False  # to agree, the host has to wait for the device
+                return False  # agreeing makes the host wait for the device: only now and then
             votes = torch.tensor([asked, due], dtype=torch.int32, device=self.device)
             dist.all_reduce(votes, dist.ReduceOp.MAX)
             asked, due = votes.tolist()
-        if asked:  # perhaps another process was
+        if asked:  # perhaps only another process
             self.asked_at = self.asked_at or now
         if due:
             self.saved_at = now
@@ -330,7 +331,7 @@ class Progress:
     resume() fills. training_id: a number that tells trainings apart.
     """
 
-    EVERY = 20  # steps; reading a number makes the host wait for the device
+    EVERY = 20  # steps between lines of metrics.jsonl: reading a number makes the host wait for the device
 
     def __init__(self, run, folder, dataset, schedule, tensors, training_id):
         self.run = run
@@ -342,12 +343,12 @@ class Progress:
         self.unchecked = []  # (step, gradient norm, learning rate)
         self.name = folder.name if folder == run.folder else os.path.relpath(folder, run.folder)
         self.metrics = open(folder / "metrics.jsonl" if run.rank == 0 else os.devnull, "ab")
-        done = torch.zeros(2, dtype=torch.int64, device=run.device)  # steps, and bytes of metrics.jsonl
-        self.state = tensors | {"training": torch.tensor(training_id, device=run.device), "progress": done}
+        progress = torch.zeros(2, dtype=torch.int64, device=run.device)  # steps done, bytes of metrics.jsonl
+        self.state = tensors | {"training": torch.tensor(training_id, device=run.device), "progress": progress}
 
     def resume(self):
-        """Fill the training's tensors from its latest checkpoint, in every process, and cut metrics.jsonl where that
-        ends. Returns the steps done; without a checkpoint 0."""
+        """Fill the training's tensors from its latest checkpoint, in every process, and cut metrics.jsonl to the length
+        that it had. Returns the steps done; without a checkpoint 0."""
         self.run.on_rank_0(self.restore)
         if self.run.world > 1:
             for tensor in self.state.values():
@@ -358,12 +359,11 @@ class Progress:
         if self.start:
             self.run.say(f"{self.name}  resumes after step {self.start}/{self.num_steps}")
         self.began = time.monotonic()
-        self.shown = self.began
+        self.shown_at = self.began
         return self.start
 
     def restore(self):
-        """Read the latest checkpoint. One that is damaged, or of another training, is named, and the one before it
-        used."""
+        """Read the latest checkpoint; if it is damaged or of another training, say so and read the one before it."""
         for candidate in (self.folder / CHECKPOINT, self.folder / PREVIOUS):
             if not candidate.exists():
                 continue
@@ -405,8 +405,8 @@ class Progress:
         values |= {"learning_rate": rate, "gold_weight": gold_weight}
         self.write(values)
         now = time.monotonic()
-        if now - self.shown >= (0.2 if self.run.live else 30) or last:
-            self.shown = now
+        if now - self.shown_at >= (0.2 if self.run.live else 30) or last:
+            self.shown_at = now
             self.show(values, now - self.began)
 
     def write(self, values):
@@ -461,8 +461,8 @@ def command(name, main, argv=None):
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # closed, or somebody's own
             stream.reconfigure(errors="backslashreplace")  # λ in an encoding that lacks it
-    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's of its kernels, and PyTorch's
-        os.environ.setdefault(cache, "64")  # of 1,024: each is for one shape, and most batches have their own
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's kernels, and PyTorch's
+        os.environ.setdefault(cache, "64")  # not 1,024: a kernel serves one shape, and most batches have a new one
     resumes = "; the same command resumes from the last checkpoint" if name == "bam.py" else ""
     try:
         main(argv)
@@ -474,7 +474,9 @@ def command(name, main, argv=None):
         return 1
     except (InputError, CheckpointError) as error:
         status, message = 2, f"error: {error}"
-    except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:  # it diverged; a full disk; no memory
+    except FloatingPointError as error:  # it diverged, and would again
+        status, message = 1, f"error: {error}"
+    except (OSError, torch.OutOfMemoryError) as error:  # a full disk; no memory
         status, message = 1, f"error: {error}{resumes}"
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):  # gloo's has no class of its own
