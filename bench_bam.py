@@ -150,16 +150,15 @@ class HuggingFace:
 
     def logits(self, dataset, examples):
         """(B, K), each example padded to 128 tokens or, in hf_best, to the longest of them."""
-        starts = dataset.offsets[examples][:, None]
-        lengths = np.diff(dataset.offsets)[examples][:, None]
-        positions = np.arange(lengths.max() if self.best else bam.SINGLE.max_length)
-        is_token = positions < lengths  # (B, L)
-        ids = dataset.input_ids[np.minimum(starts + positions, len(dataset.input_ids) - 1)]
-        segments = is_token & (positions >= dataset.segment_starts[examples][:, None])
-        inputs = {"input_ids": ids * is_token, "attention_mask": is_token, "token_type_ids": segments}
-        inputs = {name: torch.from_numpy(array.astype(np.int64)).to(self.run.device) for name, array in inputs.items()}
+        batch = glue_data.pack(dataset, examples)
+        lengths = np.diff(batch.cu_seqlens)[:, None]
+        is_token = np.arange(lengths.max() if self.best else bam.SINGLE.max_length) < lengths  # (B, L)
+        inputs = np.zeros((3, *is_token.shape), np.int64)
+        for padded, tokens in zip(inputs, (batch.input_ids, batch.segment_ids, 1), strict=True):
+            padded[is_token] = tokens
+        ids, segments, mask = (torch.from_numpy(array).to(self.run.device) for array in inputs)
         with torch.autocast(self.run.device.type, torch.bfloat16, enabled=self.best and self.run.bfloat16):
-            out = self.called(**inputs)
+            out = self.called(input_ids=ids, token_type_ids=segments, attention_mask=mask)
         pooled = out.get("pooler_output", out.last_hidden_state[:, 0]).float()  # ELECTRA has no pooler
         return self.head(F.dropout(pooled, self.encoder.config.hidden_dropout_prob, self.encoder.training))
 
@@ -209,9 +208,8 @@ def variant_of(name, run, model, dataset):
     """The variant of this name. Its teachers are random: what they say does not matter to speed."""
     teacher_logits = np.random.default_rng(0).normal(size=dataset.labels.shape).astype(np.float32)
     targets = bam.targets_of(dataset, teacher_logits, run.device)
-    if name == "ours":
-        return Ours(run, model, dataset, targets)
-    return HuggingFace(run, model, dataset, targets, best=name == "hf_best")
+    shared = run, model, dataset, targets
+    return Ours(*shared) if name == "ours" else HuggingFace(*shared, best=name == "hf_best")
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring
@@ -219,7 +217,7 @@ def variant_of(name, run, model, dataset):
 
 def clock(run, function, items):
     """The seconds that the function takes for all of the items, the device's work included."""
-    wait = torch.accelerator.synchronize if run.device.type != "cpu" else lambda: None
+    wait = torch.get_device_module(run.device).synchronize  # on a CPU it does nothing
     wait()
     start = time.perf_counter()
     for item in items:
@@ -350,7 +348,7 @@ def compiling(bench):
     """On CUDA, compile ours, and record how long it takes and how many other batches would need another graph."""
     step = bench.variants["ours"].step
     batches = bench.examples.batches(50, bam.MULTI.batch_size)
-    seconds = clock(bench.run, functools.partial(bench.run.compile_encoder, bench.model), [lambda: step(batches[0])])
+    seconds = clock(bench.run, lambda batch: bench.run.compile_encoder(bench.model, lambda: step(batch)), batches[:1])
     if not bench.model.compiled:  # on a CPU; or it failed, and compile_encoder has said why
         return
     recompilations = 0
@@ -444,7 +442,7 @@ def profile(bench):
 
 
 def left_out(bench):
-    """{optimization: (object, attribute, the value that leaves it out)}."""
+    """[(optimization, (object, attribute, the value that leaves it out))]."""
     layer = bert.BertLayer.forward
     embedding = F.embedding
     adamw = bam.adamw
@@ -456,30 +454,24 @@ def left_out(bench):
     def float_mask(x, p):  # F.dropout's
         return torch.empty_like(x).bernoulli_(1 - p), 1 / (1 - p)
 
-    patches = {
-        "compiling": (bench.model, "compiled", None),
-        "micro-batches": (bench.run, "tokens_at_once", 2**40),
-        "fused AdamW": (bam, "adamw", lambda *args, **more: adamw(*args, **more | {"fused": False, "foreach": False})),
-        "only [CLS] at the end": (bert.BertLayer, "forward", every_token),
-        "buckets by length": (bam, "upload", ops.upload_padded),
-        "16-bit dropout": (ops, "dropout_mask", float_mask),
-        "words' gradient by rows": (F, "embedding", lambda ids, words, *_, **__: embedding(ids, words)),
-    }
-    names = list(patches)[1:] if bench.on_cpu else list(patches)[:3]  # what is inside of a compiled graph stays there
-    return {name: patches[name] for name in names}
+    patches = [
+        ("compiling", (bench.model, "compiled", None)),
+        ("micro-batches", (bench.run, "tokens_at_once", 2**40)),
+        ("fused AdamW", (bam, "adamw", lambda *args, **more: adamw(*args, **more | dict(fused=False, foreach=False)))),
+        ("only [CLS] at the end", (bert.BertLayer, "forward", every_token)),
+        ("buckets by length", (bam, "upload", ops.upload_padded)),
+        ("16-bit dropout", (ops, "dropout_mask", float_mask)),
+        ("words' gradient by rows", (F, "embedding", lambda ids, words, *_, **__: embedding(ids, words))),
+    ]
+    return patches[1:] if bench.on_cpu else patches[:3]  # what is inside of a compiled graph stays there
 
 
 def ablations(bench):
     """Record ours without one optimization after the other: a ratio above 1 is what it is worth here."""
     step = bench.variants["ours"].step
-
-    def step_without(patch, batch):
-        with mock.patch.object(*patch):
-            step(batch)
-
     functions = {"ours": step}
-    for name, patch in left_out(bench).items():
-        functions[f"without {name}"] = functools.partial(step_without, patch)
+    for name, patch in left_out(bench):
+        functions[f"without {name}"] = mock.patch.object(*patch)(step)
     bench.compare("ablation", functions, bench.examples.batches(bench.args.rounds, bam.MULTI.batch_size))
 
 
@@ -488,8 +480,7 @@ def scale(bench):
     for size in BATCHES:
         batches = bench.examples.batches(2, size)
         bench.compare("scale_batch", {"ours": bench.variants["ours"].step}, batches, f"{size} examples, ", at=size)
-    for size in list(SIZES)[: -1 if bench.on_cpu else None]:
-        config = SIZES[size]
+    for size, config in list(SIZES.items())[: -1 if bench.on_cpu else None]:
         dataset = draw(TASKS["rte"], 128, 30, config.vocab_size)
         model = MultiTaskBert(config, {"rte": 2}).to(bench.run.device)
         step = variant_of("ours", bench.run, model, dataset).step

@@ -254,7 +254,7 @@ def draw(*folders):
     # All models of a task train for equally many steps, but the log of an unfinished one does not tell how many.
     longest = {stage.task: stage.num_steps for stage in sorted(stages, key=lambda stage: stage.num_steps)}
     stages = [stage._replace(num_steps=longest[stage.task]) for stage in stages]
-    students = {stage.regime: stage for stage in stages if stage.dev and stage.training[0]["gold_weight"] < 1}
+    students = dict.fromkeys(stage.regime for stage in stages if stage.dev and stage.training[0]["gold_weight"] < 1)
     annealing = [annealing_section(stages, tasks, student) for student in students]
     sections = [score_section(stages, tasks), *annealing, training_section(stages, tasks)]
     drawing = ""

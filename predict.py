@@ -71,10 +71,8 @@ def read_sentences(task, data, path):
 def own_text(args, task):
     """The sentences that the command gives: (first, second or None)."""
     if args.file:
-        if args.file == "-" and sys.stdin:
-            data = sys.stdin.buffer.read()
-        else:
-            data = glue_data.read_file(Path(args.file), "one example a line")
+        piped = args.file == "-" and sys.stdin
+        data = sys.stdin.buffer.read() if piped else glue_data.read_file(Path(args.file), "one example a line")
         return read_sentences(task, data, args.file)
     texts = [text for text in (args.text, args.text2) if text is not None]
     if len(texts) != len(task.text):

@@ -522,7 +522,7 @@ def dataset(lengths, name="rte", seed=0):
     """A Dataset of random ids with these lengths."""
     rng, task = np.random.default_rng(seed), TASKS[name]
     labels = np.eye(task.num_outputs, dtype=np.float32)[rng.integers(task.num_outputs, size=len(lengths))]
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    offsets = starts_of(lengths)
     starts = rng.integers(1, np.array(lengths) + 1).astype(np.int32)
     ids = rng.integers(60, size=offsets[-1]).astype(np.int32)
     index = np.arange(len(lengths), dtype=np.int32)
@@ -533,9 +533,9 @@ def test_mixing_keeps_every_example_and_its_labels_columns():
     parts = [dataset([3, 5, 4], "rte", 0), dataset([2, 6], "stsb", 1), dataset([7], "mnli", 2)]
     whole = concatenate(parts)
     assert whole.labels.shape == (6, 6) and whole.task_ids.tolist() == [0, 0, 0, 1, 1, 2]
-    rows = [part.input_ids[part.offsets[i] : part.offsets[i + 1]] for part in parts for i in range(len(part))]
-    for row, ids in enumerate(rows):
-        assert np.array_equal(whole.input_ids[whole.offsets[row] : whole.offsets[row + 1]], ids)
+    assert whole.offsets.tolist() == [0, 3, 8, 12, 14, 20, 27]
+    for name in ("input_ids", "segment_starts"):
+        assert np.array_equal(getattr(whole, name), np.concatenate([getattr(part, name) for part in parts]))
     assert np.array_equal(whole.labels[:3, :2], parts[0].labels) and not whole.labels[:3, 2:].any()
     assert np.array_equal(whole.labels[3:5, 2:3], parts[1].labels) and not whole.labels[3:5, 3:].any()
     assert whole.lines.tolist() == [2, 3, 4, 2, 3, 2] and whole.index.tolist() == [0, 1, 2, 0, 1, 0]
@@ -630,14 +630,13 @@ def test_mann_whitney_is_scipys(a, b, p):
     assert table.mann_whitney_p(b, a) == pytest.approx(p, rel=1e-9)
 
 
-def test_submission_is_what_the_leaderboard_accepts(tmp_path):
+def test_submission_is_what_the_leaderboard_accepts():
     """Header, lines in the order of their index, label words or 0/1, scores × 5 in [0, 5] with three decimals, `\\n`."""
     stsb = glue_data.answers(TASKS["stsb"], np.array([[-0.1], [0.5], [1.2], [0.33333]]))
     mnli = glue_data.answers(TASKS["mnli"], np.array([[9.0, 1, 1], [1, 9, 1], [1, 1, 9]]))
     cola = glue_data.answers(TASKS["cola"], np.array([[0.0, 1]]))
     predictions = {"STS-B": (stsb, range(4)), "MNLI-m": (mnli, np.array([2, 0, 1])), "CoLA": (cola, [0])}
-    (tmp_path / "s.zip").write_bytes(glue_data.submission_zip(predictions))
-    with zipfile.ZipFile(tmp_path / "s.zip") as archive:
+    with zipfile.ZipFile(io.BytesIO(glue_data.submission_zip(predictions))) as archive:
         assert archive.namelist() == ["STS-B.tsv", "MNLI-m.tsv", "CoLA.tsv"]
         assert archive.read("STS-B.tsv") == b"index\tprediction\n0\t0.000\n1\t2.500\n2\t5.000\n3\t1.667\n"
         assert archive.read("MNLI-m.tsv") == b"index\tprediction\n0\tentailment\n1\tneutral\n2\tcontradiction\n"
@@ -705,18 +704,13 @@ def test_layer_is_pytorchs_own_encoder_layer():
     torch.testing.assert_close(ours(x, layout, only_cls=True), output[layout.cls])
 
 
-def attention_inputs(only_cls, lengths=LENGTHS):
-    """attention's arguments, H = 16: [qkv] or, for [CLS] alone, [kv, cls_q]; all with gradients."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(sum(lengths), (3 - only_cls) * 16)] + [(len(lengths), 16)] * only_cls
-    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
-
-
 def test_attention_in_bfloat16_stays_near_float32():
     """Softmax and its gradient are in float32: outputs and gradients within 2 % of the largest, with values that are not
     0 on average too."""
-    for only_cls in (False, True):
-        full = attention_inputs(only_cls)
+    count = sum(LENGTHS)
+    for shapes in ([(count, 48)], [(count, 32), (len(LENGTHS), 16)]):  # q, k and v; or k and v, and [CLS]'s q
+        torch.manual_seed(0)
+        full = [torch.randn(shape, requires_grad=True) for shape in shapes]
         full[0].data[:, -16:] += 2
         half = [x.detach().bfloat16().requires_grad_() for x in full]
         results = []
@@ -855,7 +849,7 @@ def test_compiled_operations_drop_out(device):
     def attend(qkv, layout):
         return ops.dropout(layout.attention(qkv, 2, 0.1), 0.1)
 
-    qkv = attention_inputs(False, [*LENGTHS, 1])[0].detach().to(device)
+    qkv = torch.randn(sum(LENGTHS) + 1, 48, generator=torch.Generator().manual_seed(0)).to(device)
     torch._dynamo.mark_dynamic(qkv, 0)
     layout = random_batch(TINY, LENGTHS, device, ops.upload_padded).layout
     draws = []
@@ -900,14 +894,19 @@ def rewrite(folder, change):
     bert.write_safetensors(folder / "model.safetensors", change(tensors))
 
 
-def test_save_and_load_are_inverse(checkpoint):
-    """Under public names, q, k and v apart, heads by task; the loaded model is the saved one to the bit."""
-    model, loaded = tiny_model(), load_pretrained(checkpoint)
+@pytest.mark.parametrize("kind, size, count", [("bert", 0, 7), ("electra", 8, 7), ("electra", 16, 5)])
+def test_save_and_load_are_inverse(tmp_path, kind, size, count):
+    """Under public names, q, k and v apart, heads by task; the loaded model is the saved one to the bit. BERT has a pooler,
+    a small ELECTRA a projection."""
+    model = tiny_model(replace(TINY, model_type=kind, embedding_size=size))
+    save_pretrained(model, tmp_path)
+    loaded = load_pretrained(tmp_path)
     assert loaded.num_outputs == model.num_outputs and loaded.config == model.config
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
-    names = bert.read_safetensors(checkpoint / "model.safetensors")
-    assert torch.equal(names["bert.encoder.layer.1.attention.self.key.weight"], model.layers[1].qkv.weight[16:32])
-    assert names["heads.mnli.weight"].shape == (3, 16) and len(names) == 5 + 3 * 16 + 2 + 6
+    names = bert.read_safetensors(tmp_path / "model.safetensors")
+    assert torch.equal(names[f"{kind}.encoder.layer.1.attention.self.key.weight"], model.layers[1].qkv.weight[16:32])
+    assert names["heads.mnli.weight"].shape == (3, 16) and len(names) == count + 3 * 16 + 6
+    assert {name.split(".")[0] for name in names} == {kind, "heads"}
 
 
 def bare(tensors):
@@ -1101,17 +1100,9 @@ def test_encoders_and_their_gradients_are_hugging_faces(tmp_path, shape):
 
 
 @pytest.mark.parametrize("size", [8, 16])
-def test_electra_saves_trains_and_exports(tmp_path, size):
-    """Save and load are inverse; the projection learns as an embedding does; nothing is left of the pooler; Hugging Face
-    gives the exported model's [CLS] and each head's logits."""
+def test_electra_trains_and_exports(tmp_path, size):
+    """Every parameter learns; Hugging Face gives the exported model's [CLS] and each head's logits."""
     model = tiny_model(replace(TINY, model_type="electra", embedding_size=size))
-    save_pretrained(model, tmp_path)
-    loaded = load_pretrained(tmp_path)
-    assert loaded.config == model.config and loaded.num_outputs == model.num_outputs
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
-    names = bert.read_safetensors(tmp_path / "model.safetensors")
-    assert {name.split(".")[0] for name in names} == {"electra", "heads"} and "pooler" not in " ".join(names)
-    assert ("electra.embeddings_project.weight" in names) == (size != 16)
     batch = random_batch(TINY, LENGTHS)
     model(batch).square().sum().backward()
     assert all(parameter.grad.any() for parameter in model.parameters())
@@ -1204,24 +1195,20 @@ def test_losses_and_their_gradients_are_the_originals():
 
 def recorded_features(features, run, device):
     """A recorded batch, padding rows left out: the model's arguments, and what its logits are held against."""
-    tasks, weights = run["task_names"], run["task_weights"]
-    keep = features["task_id"] < len(tasks)
-    lengths = features["input_mask"].sum(1)[keep]
-    batch = packed(features["input_ids"][keep], features["segment_ids"][keep], lengths, device)
-    task_ids, outputs = features["task_id"][keep], {"rte": 2, "mnli": 3, "sts": 1}
-    owner = np.repeat(np.arange(len(tasks)), [outputs[name] for name in tasks])
-    labels, teacher = np.zeros((2, keep.sum(), len(owner)), np.float32)
-    for row, (place, task) in enumerate(zip(np.flatnonzero(keep), task_ids, strict=True)):
-        own = owner == task
-        if tasks[task] == "sts":
-            labels[row, own], teacher[row, own] = features["sts_targets"][place], features["sts_distill_targets"][place]
+    tasks, outputs = run["task_names"], {"rte": 2, "mnli": 3, "sts": 1}
+    features = {name: array[features["task_id"] < len(tasks)] for name, array in features.items()}
+    batch = packed(features["input_ids"], features["segment_ids"], features["input_mask"].sum(1), device)
+    own = np.repeat(np.arange(len(tasks)), [outputs[name] for name in tasks]) == features["task_id"][:, None]
+    labels, teacher = np.zeros((2, *own.shape), np.float32)
+    names = [tasks[task] for task in features["task_id"]]
+    for i, name in enumerate(names):
+        if name == "sts":
+            labels[i, own[i]], teacher[i, own[i]] = features["sts_targets"][i], features["sts_distill_targets"][i]
         else:
-            labels[row, own] = np.eye(own.sum())[features[f"{tasks[task]}_label_ids"][place]]
-            teacher[row, own] = features[f"{tasks[task]}_logits"][place]
-    own = owner[None] == task_ids[:, None]
-    regression = [tasks[task] == "sts" for task in task_ids]
-    task_weights = [weights[tasks[task]] for task in task_ids]
-    return batch, *(torch.tensor(x, device=device) for x in (labels, teacher, own, regression, task_weights))
+            labels[i, own[i]] = np.eye(outputs[name])[features[f"{name}_label_ids"][i]]
+            teacher[i, own[i]] = features[f"{name}_logits"][i]
+    regression, weights = [name == "sts" for name in names], [run["task_weights"][name] for name in names]
+    return batch, *(torch.tensor(x, device=device) for x in (labels, teacher, own, regression, weights))
 
 
 # -------------------------------------------------------------------------------------------------------- optimization
@@ -1348,8 +1335,7 @@ TOGETHER = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_
 
 
 def run_python(*words):
-    words = [sys.executable, *map(str, words)]
-    return subprocess.run(words, text=True, capture_output=True, timeout=900, env=ENVIRONMENT)
+    return subprocess.run([sys.executable, *map(str, words)], text=True, capture_output=True, timeout=900, env=ENVIRONMENT)
 
 
 @contextlib.contextmanager
@@ -1403,8 +1389,9 @@ def small(tmp_path_factory):
     return arguments, root / "run"
 
 
-def files_of(folder, patterns):
-    return {str(path.relative_to(folder)): path.read_bytes() for one in patterns for path in folder.glob(one)}
+def files_of(folder, patterns=("**/*",)):
+    paths = [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def read_lines(path):
@@ -2307,14 +2294,10 @@ def lines_of(tree, style):
     return [[tuple(map(float, point.split(","))) for point in points] for points in paths]
 
 
-def test_figure_names_are_those_of_the_table():
-    """figure.py imports nothing of ours, so it repeats tasks' names: the same ones, in the same order."""
-    glue = [(task.name, task.folder) for task in glue_data.TASKS.values()][:9]  # a fork's own come after them
-    assert list(figure.TASKS.items()) == glue
-
-
 def test_figure_shows_every_task_regime_and_trial(tmp_path):
-    """Eight tasks, seven regimes, three trials: a dot for each of them and one more for each average."""
+    """Eight tasks, seven regimes, three trials: a dot for each of them and one more for each average. Tasks have the names
+    and the order of TASKS, which figure.py repeats, since it imports nothing of ours; a fork's own come after them."""
+    assert list(figure.TASKS.items()) == [(task.name, task.folder) for task in TASKS.values()][:9]
     tree, words = drawn(write_run(tmp_path, glue_data.EIGHT, figure.REGIMES, 3 * [range(60, 68)]))
     for task in map(glue_data.TASKS.get, glue_data.EIGHT):
         assert task.folder + task.metrics[0] in words
@@ -2494,10 +2477,6 @@ def download(mirror, tmp_path, *arguments, table=None):
     return subprocess.run(["bash", SCRIPT, *arguments], env=environment, text=True, capture_output=True, timeout=60)
 
 
-def tree(folder):
-    return {str(path.relative_to(folder)): path.read_bytes().decode() for path in folder.rglob("*") if path.is_file()}
-
-
 def fails(result, *words):
     """Exit status 1 and one line on stderr, from the script, that contains all `words`."""
     assert result.returncode == 1 and re.fullmatch(r"download_glue\.sh: .*\n", result.stderr), result
@@ -2529,7 +2508,8 @@ def test_download_glue_official_layout_and_repeat(mirror, tmp_path):
         mirror.requests.clear()
         result = download(mirror, tmp_path, "glue", tmp_path / "glue", table=table)
         assert result.returncode == 0 and not result.stderr and len(mirror.requests) == num_requests, result
-        assert tree(tmp_path / "glue") == expected and not (tmp_path / "outside").exists()
+        found = {name: content.decode() for name, content in files_of(tmp_path / "glue").items()}
+        assert found == expected and not (tmp_path / "outside").exists()
 
 
 @pytest.mark.skipif(not REAL_MRPC.exists(), reason="needs the real MRPC files")
@@ -2557,7 +2537,7 @@ def test_download_resumes_within_a_call(mirror, tmp_path, ranges):
     """A broken connection is resumed where it broke; a server that cannot do that is asked for the whole file."""
     mirror.ranges, mirror.cut[FAIR + "CoLA.zip"] = ranges, 300
     result = download(mirror, tmp_path, "glue", tmp_path / "glue", table=offer_cola(mirror))
-    assert result.returncode == 0 and "CoLA/train.tsv" in tree(tmp_path / "glue"), result
+    assert result.returncode == 0 and "CoLA/train.tsv" in files_of(tmp_path / "glue"), result
     assert [asked for _, asked in mirror.requests] == [None, "bytes=300-"] + ([] if ranges else [None])
 
 
@@ -2573,7 +2553,7 @@ def test_download_resumes_an_earlier_call(mirror, tmp_path, left):
     if left == "damaged":
         fails(result, "CoLA.zip", hashlib.sha256(whole).hexdigest())
         result = download(mirror, tmp_path, "glue", tmp_path / "glue", table=table)
-    assert result.returncode == 0 and tree(tmp_path / "glue").keys() == set(list(COLA)[:3])
+    assert result.returncode == 0 and files_of(tmp_path / "glue").keys() == set(list(COLA)[:3])
 
 
 def test_download_counts_rows(mirror, tmp_path):
@@ -2621,8 +2601,7 @@ def test_download_checkpoint(mirror, tmp_path, files):
     mirror.cut |= {HUB + file: 400 for file in files if file.endswith((".safetensors", ".bin"))}
     result = download_checkpoint(mirror, tmp_path, files)
     assert result.returncode == 0 and not result.stderr and not mirror.cut, result
-    found = tree(tmp_path / "bert")
-    assert found.pop("source.txt") == "google/bert-tiny\n" and found == {name: files[name].decode() for name in files}
+    assert files_of(tmp_path / "bert") == files | {"source.txt": b"google/bert-tiny\n"}
     assert result.stdout.count("no sha256 is known for") == len(files) - len(mirror.stated)
     mirror.requests.clear()
     assert download_checkpoint(mirror, tmp_path, files).returncode == 0 and not mirror.requests
@@ -2640,7 +2619,7 @@ def test_download_checkpoint(mirror, tmp_path, files):
 def test_download_unsuitable_checkpoint(mirror, tmp_path, files, message):
     """What is no BERT or ELECTRA, or lacks a part, is named in one line, and nothing gets the name of weights."""
     fails(download_checkpoint(mirror, tmp_path, files), message)
-    assert not [name for name in tree(tmp_path / "bert") if name.startswith(("model", "pytorch_model"))]
+    assert not [name for name in files_of(tmp_path / "bert") if name.startswith(("model", "pytorch_model"))]
     assert "clip" not in message or [path for path, _ in mirror.requests] == [HUB + "config.json"]
 
 
@@ -2700,8 +2679,7 @@ def bench(tmp_path, monkeypatch, capsys):
     def run(*arguments, data="glue"):
         files = ["--data", tmp_path / data, "--checkpoint", tmp_path / "bert", "--json", tmp_path / "speed.jsonl"]
         bench_bam.main([*map(str, files), "--device", "cpu", "--precision", "float32", "--rounds", "1", *arguments])
-        lines = [json.loads(line) for line in (tmp_path / "speed.jsonl").read_text().splitlines()]
-        return lines, capsys.readouterr().out
+        return read_lines(tmp_path / "speed.jsonl"), capsys.readouterr().out
 
     return run
 

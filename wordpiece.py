@@ -47,9 +47,7 @@ class Tokenizer:
         self.backend = tokenizers.Tokenizer(wordpiece)
         self.backend.normalizer = normalizers.Sequence([FINAL_SIGMA, bert]) if self.settings["lowercase"] else bert
         self.backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        special = [("[CLS]", self.cls_id), ("[SEP]", self.sep_id)]
-        single, pair = "[CLS]:0 $A:0 [SEP]:0", "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1"
-        self.backend.post_processor = processors.TemplateProcessing(single, pair, special)
+        self.backend.post_processor = processors.BertProcessing(("[SEP]", self.sep_id), ("[CLS]", self.cls_id))
 
     def __call__(self, texts):
         """The token ids of each text, without special tokens: a list of lists."""
@@ -81,7 +79,8 @@ class Tokenizer:
 
 def read_vocab(folder):
     """{token: id} of a folder's vocab.txt, one token a line, or of its tokenizer.json if there is no vocab.txt."""
-    path, vocab = folder / "vocab.txt", {}
+    path = folder / "vocab.txt"
+    vocab = {}
     if not path.exists() and (folder / "tokenizer.json").exists():
         path = folder / "tokenizer.json"
         model = read_json(path).get("model") or {}
