@@ -215,8 +215,8 @@ table >/dev/null        # a BAM_TABLE that cannot be read ends the script here
 mirror=${BAM_MIRROR:-https://} mirror=${mirror%/}
 work=$dir/.download     # unfinished downloads and folders; gone once all is there
 mkdir -p "$work"
-# Where nothing could be fetched, the folder is not begun: it may be filled by hand.
-trap 'rm -f "$work/headers"; rmdir "$work" "$dir" 2>/dev/null || true' EXIT
+# A folder with nothing fetched into it is not begun: it may be filled by hand.
+trap 'rm -f "$work/headers"; [ "$(ls -A "$dir")" != .download ] || rmdir "$work" "$dir" 2>/dev/null || true' EXIT
 "$@"                    # glue or checkpoint
 rm -rf "$work"
 echo "$dir is complete"

@@ -456,6 +456,12 @@ def show(text, end="\n", stream="stdout"):
         setattr(sys, stream, None)  # so that Python's last flush does not fail either
 
 
+def ended(name, status, message):
+    """Say how a command ended, and return its exit status."""
+    show(f"{name}: {message}", stream="stderr")
+    return status
+
+
 def command(name, main, argv=None):
     """Call main(argv), with bounded caches and with errors as one line on standard error; returns the exit status."""
     for stream in (sys.stdout, sys.stderr):
@@ -473,17 +479,15 @@ def command(name, main, argv=None):
         sys.stdout = None
         return 1
     except (InputError, CheckpointError) as error:
-        status, message = 2, f"error: {error}"
-    except FloatingPointError as error:  # it diverged, and would again
-        status, message = 1, f"error: {error}"
+        return ended(name, 2, f"error: {error}")
+    except FloatingPointError as error:  # it diverged, which resuming does not mend
+        return ended(name, 1, f"error: {error}")
     except (OSError, torch.OutOfMemoryError) as error:  # a full disk; no memory
-        status, message = 1, f"error: {error}{resumes}"
+        return ended(name, 1, f"error: {error}{resumes}")
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):  # gloo's has no class of its own
             raise
         reason = "another process was lost, whose own message says why, or did not come in time"
-        status, message = 1, f"error: {reason} ({first_line(error)})"
+        return ended(name, 1, f"error: {reason} ({first_line(error)})")
     except KeyboardInterrupt:
-        status, message = 130, f"interrupted{resumes}"
-    show(f"{name}: {message}", stream="stderr")
-    return status
+        return ended(name, 130, f"interrupted{resumes}")

@@ -2643,14 +2643,16 @@ def test_download_without_a_file_or_a_server(mirror, tmp_path):
     result = download("http://127.0.0.1:9", tmp_path, "glue", tmp_path / "glue")
     fails(result, "http://127.0.0.1:9/dl.", "curl: (7)", f"under {tmp_path}/glue", "BAM_MIRROR", "python bam.py --demo")
     assert not (tmp_path / "glue").exists()  # so that files brought there by hand are not taken for a part
+    table = offer_cola(mirror) + "rows RTE train 1\nfile RTE 1 0 nowhere/RTE.zip\n"
+    fails(download(mirror, tmp_path, "glue", tmp_path / "glue", table=table), "nowhere/RTE.zip (error 404)")
+    assert files_of(tmp_path / "glue", ["CoLA/*"]) and (tmp_path / "glue" / ".download").exists()  # but this is a part
 
 
 def test_download_waits_for_another_command(mirror, tmp_path, monkeypatch):
     monkeypatch.setenv("BAM_MIRROR", mirror.url)
-    folder = tmp_path / "new" / "glue"
-    folder.parent.mkdir()
+    folder = tmp_path / "glue"
     with ThreadPoolExecutor() as pool:
-        with open(tmp_path / "new" / "glue.lock", "w") as lock:
+        with open(tmp_path / "glue.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             waiting = pool.submit(inputs.download, Run(None, "cpu"), "glue", str(folder))
             time.sleep(0.5)
