@@ -150,6 +150,13 @@ def learning_rate(step, num_steps, recipe, distance_to_head=0):
     return recipe.learning_rate * factor * recipe.layer_decay**distance_to_head
 
 
+def vector_norm(vector):
+    """The Euclidean norm (0-dim.) of a long vector. On a CPU norm() adds up in float32, and what it gives for random numbers
+    is 1 % too small at BERT-Base's length and 6 % at BERT-Large's. From parts of 2^18 numbers it is right to 1e-6."""
+    parts = vector.split(1 << 18) if vector.device.type == "cpu" else [vector]
+    return torch.stack([part.norm() for part in parts]).norm()
+
+
 class Adam:
     """BERT's Adam: gradient clipped by its global norm, no bias correction, decoupled weight decay, a learning rate for
     each depth. The parameters become views of one flat vector, so that clipping, saving and summing over processes
@@ -187,7 +194,7 @@ class Adam:
 
     def step(self, step, num_steps):
         """Update the parameters, zero the gradients, and return their norm before clipping (a tensor)."""
-        norm = self.gradients.norm()
+        norm = vector_norm(self.gradients)
         self.gradients.mul_((self.recipe.clip_norm / norm).clamp(max=1))
         for parts, decay, distance_to_head in self.groups:
             rate = learning_rate(step, num_steps, self.recipe, distance_to_head)
