@@ -54,9 +54,8 @@ class Task:
         for words in (self.text, self.labels):
             if not isinstance(words, tuple) or len({word for word in words if isinstance(word, str)}) < len(words):
                 raise InputError(f"task {self.name}: {words!r}; expected a tuple of different words")
-        counts = (2,) if self.symmetric else (1, 2)
-        if len(self.text) not in counts:
-            expected = " or ".join(map(str, counts))
+        if len(self.text) not in ((2,) if self.symmetric else (1, 2)):
+            expected = "2" if self.symmetric else "1 or 2"
             raise InputError(f"task {self.name}: {len(self.text)} columns of text; expected {expected}")
         suitable = ("pearson", "spearman") if self.is_regression else ("accuracy", "f1", "matthews")
         if not self.metrics or not set(self.metrics) <= set(suitable):
@@ -105,10 +104,9 @@ EIGHT = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")  # the pa
 
 
 def resolve(names):
-    """The Tasks that 'rte,SST-2' or 'all' names. Unknown, ambiguous and repeated names raise."""
-    if names.strip().lower() == "all":
-        return [TASKS[name] for name in EIGHT]
-    tasks = [find_task(name.strip()) for name in names.split(",")]
+    """The Tasks that 'rte,SST-2', 'all' or 'all,wnli' names. Unknown, ambiguous and repeated names raise."""
+    groups = [EIGHT if name.strip().lower() == "all" else (name.strip(),) for name in names.split(",")]
+    tasks = [find_task(name) for group in groups for name in group]
     for task in tasks:
         if tasks.count(task) > 1:
             raise InputError(f"--task: {task.name} is named twice")

@@ -80,7 +80,7 @@ def parse_args(argv, description, defaults, regimes):
     args.regime = list(regimes) if names == "all" else names.split(",")
     for name in args.regime:
         if name not in regimes:
-            parser.error(f"--regime: unknown regime {name!r}; known: all, {', '.join(regimes)}")
+            parser.error(f"--regime: unknown regime {name!r}; expected all, or some of {', '.join(regimes)}")
     constant = args.gold_weight not in (None, [None, None])
     for_teachers = args.teacher_checkpoint or args.teachers > 1 or constant
     if for_teachers and not any(regimes[name].teacher for name in args.regime):

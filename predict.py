@@ -25,8 +25,9 @@ def finished_models(run, tasks, regime=None):
     the last regime of the table that has finished it."""
     folders = {}
     for name in [regime] if regime else REGIMES:  # later ones replace earlier ones
-        for path in sorted((run / "trial-1" / name).glob("**/scores.json")):
-            known = [task for task in glue_data.read_json(path) if path.parent.name in (name, task)]
+        top = run / "trial-1" / name
+        for path in sorted(top.glob("**/scores.json")):
+            known = [task for task in glue_data.read_json(path) if path.parent in (top, top / task)]
             folders |= dict.fromkeys(known, path.parent)
     if not folders:
         problem = f"no finished model{' of ' + regime if regime else ''} there"

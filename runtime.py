@@ -319,8 +319,8 @@ def save_checkpoint(folder, tensors):
 
 
 def discard_checkpoints(folder):
-    for name in (CHECKPOINT, PREVIOUS):
-        (folder / name).unlink(missing_ok=True)
+    for path in list(folder.glob(f"*{CHECKPOINT}*")):  # the one before it too, and one that was cut off
+        path.unlink()
 
 
 class Progress:
@@ -451,15 +451,9 @@ def show(text, end="\n", stream="stdout"):
     """Print, as far as anybody reads: output that cannot be written ends nothing."""
     try:
         if getattr(sys, stream) is not None:
-            print(text, end=end, file=getattr(sys, stream), flush=True)
+            print(text + end, end="", file=getattr(sys, stream), flush=True)  # one write, also where processes share it
     except (OSError, ValueError):  # the reader or the terminal is gone, or the stream is closed
         setattr(sys, stream, None)  # so that Python's last flush does not fail either
-
-
-def ended(name, status, message):
-    """Say how a command ended, and return its exit status."""
-    show(f"{name}: {message}", stream="stderr")
-    return status
 
 
 def command(name, main, argv=None):
@@ -479,15 +473,17 @@ def command(name, main, argv=None):
         sys.stdout = None
         return 1
     except (InputError, CheckpointError) as error:
-        return ended(name, 2, f"error: {error}")
+        status, message = 2, f"error: {error}"
     except FloatingPointError as error:  # it diverged, which resuming does not mend
-        return ended(name, 1, f"error: {error}")
-    except (OSError, torch.OutOfMemoryError) as error:  # a full disk; no memory
-        return ended(name, 1, f"error: {error}{resumes}")
+        status, message = 1, f"error: {error}"
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:  # a full disk; no memory
+        status, message = 1, f"error: {error}{resumes}"
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):  # gloo's has no class of its own
             raise
         reason = "another process was lost, whose own message says why, or did not come in time"
-        return ended(name, 1, f"error: {reason} ({first_line(error)})")
+        status, message = 1, f"error: {reason} ({first_line(error)})"
     except KeyboardInterrupt:
-        return ended(name, 130, f"interrupted{resumes}")
+        status, message = 130, f"interrupted{resumes}"
+    show(f"{name}: {message}", stream="stderr")
+    return status

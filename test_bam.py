@@ -289,7 +289,8 @@ def test_task_names():
     """Case and hyphens do not matter; `all` is the paper's eight; unknown, empty and repeated names are refused."""
     assert [task.name for task in glue_data.resolve("RTE, sst-2,STSB,CoLA")] == ["rte", "sst2", "stsb", "cola"]
     assert [task.folder for task in glue_data.resolve("All")] == "CoLA SST-2 MRPC STS-B QQP MNLI QNLI RTE".split()
-    refused = {"foo": "'foo'; known: all, cola", "": "unknown task ''", "rte,RTE": "rte is named twice"}
+    assert [task.name for task in glue_data.resolve("all, wnli")] == [*glue_data.EIGHT, "wnli"]
+    refused = {"foo": "'foo'; known: all, cola", "": "unknown task ''", "rte,all": "rte is named twice"}
     for names, message in refused.items():
         with pytest.raises(InputError, match=message):
             glue_data.resolve(names)
@@ -1852,9 +1853,11 @@ def test_a_damaged_run_directory_is_named(small, command, tmp_path):
     logits.unlink()
     state |= {"training": torch.tensor(7), "progress": torch.tensor([5, 0])}
     runtime.save_checkpoint(student, state)
+    (student / "training.safetensors.part").write_bytes(b"cut off by a kill")
     status, stdout, _ = command(*small[0], "--out", tmp_path / "run")
     assert status == 0 and f"{student / 'training.safetensors'}: belongs to another training (other data, recipe, seed or weights) and is ignored" in stdout
     assert files_of(tmp_path / "run", RESULTS) == files_of(small[1], RESULTS)
+    assert not list(student.glob("*training*"))
 
 
 # The command in float64, so that what rounding does to float32 over many steps hides nothing, by one process and two;
@@ -1978,7 +1981,7 @@ def test_teachers_of_another_checkpoint_teach_by_their_outputs_alone(small, comm
     ask = [out, "--task", "rte", "--text", "w1", "--text2", "w2", "--regime"]
     assert command(*ask, "single-teacher", main=predict.main)[0] == 0
     assert f"{out}: no finished model of single there" in command(*ask, "single", main=predict.main)[2]
-    shutil.copytree(folders[0], folders[0].with_name("stsb-old"))  # which is nobody's model
+    shutil.copytree(folders[0], folders[0].parent / "old" / "stsb")  # which is nobody's model
     assert predict.finished_models(out, [TASKS["stsb"]], "single-teacher") == {"stsb": folders[0]}
     save_pretrained(tiny_model(replace(TINY, hidden_size=32), std=0.2), big)
     assert "files.teacher/model.safetensors" in command(*again)[2]
@@ -2025,7 +2028,7 @@ def test_bad_flags_are_refused_before_any_training(refuses, tmp_path):
     """Each with exit status 2, and one line that names the flag and what was expected."""
     refuses("unknown task ''; known: all, cola", task="", regime="multi")
     assert not (tmp_path / "out").exists()
-    refuses("unknown regime 'foo'; known: all, single, multi", regime="foo")
+    refuses("unknown regime 'foo'; expected all, or some of single, multi", regime="foo")
     refuses("--batch-size: invalid whole number value: 'x'", batch_size="x")
     refuses("--gold-weight: 2 is not from 0 to 1", gold_weight="2")
     for flag in ({"teachers": 2}, {"gold_weight": 0}):

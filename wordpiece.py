@@ -69,9 +69,8 @@ class Tokenizer:
         config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
         config["split_special_tokens"] = True  # a text that spells [SEP] is text
         config |= {name: self.settings[ours] for name, ours in SETTINGS.items()}
-        for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"):
-            if token in vocab:
-                config[f"{token[1:-1].lower()}_token"] = token
+        special = [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if token in vocab]
+        config |= {f"{token[1:-1].lower()}_token": token for token in special}
         (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in sorted(vocab, key=vocab.get)), "utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), "utf-8")
