@@ -300,7 +300,7 @@ def make_dataset(task, examples, tokenizer, max_length):
     """A Split as a Dataset of one task: [CLS] a [SEP], or [CLS] a [SEP] b [SEP] if b has a token."""
     input_ids, offsets, segment_starts = array("i"), array("q", [0]), array("i")
     first = tokenizer(examples.first)
-    second = tokenizer(examples.second) if examples.second else [[]] * len(first)
+    second = tokenizer(examples.second) if examples.second else [[]] * len(examples.first)
     for a, b in zip(first, second, strict=True):
         kept_a, kept_b = truncated_lengths(len(a), len(b), max_length - (3 if b else 2))
         ids = [tokenizer.cls_id, *a[:kept_a], tokenizer.sep_id]
@@ -314,7 +314,7 @@ def make_dataset(task, examples, tokenizer, max_length):
         input_ids=np.array(input_ids),
         offsets=np.array(offsets),
         segment_starts=np.array(segment_starts),
-        task_ids=np.zeros(len(first), np.int32),
+        task_ids=np.zeros(len(examples.first), np.int32),
         labels=examples.labels,
         lines=examples.lines,
         index=examples.index,

@@ -50,12 +50,10 @@ class Tokenizer:
         self.backend.post_processor = processors.BertProcessing(("[SEP]", self.sep_id), ("[CLS]", self.cls_id))
 
     def __call__(self, texts):
-        """The token ids of each text, without special tokens: a list of lists."""
-        ids = []
+        """Yield the token ids of each text, a list without special tokens."""
         for start in range(0, len(texts), 8192):  # the library's results for all at once would take gigabytes
             encodings = self.backend.encode_batch_fast(texts[start : start + 8192], add_special_tokens=False)
-            ids += [encoding.ids for encoding in encodings]
-        return ids
+            yield from (encoding.ids for encoding in encodings)
 
     def fingerprint(self):
         """A string that changes with the vocabulary, the settings and the library."""
