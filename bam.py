@@ -50,12 +50,12 @@ class Recipe:
     """Every hyper-parameter, with its reason. The defaults are the original's for one task; MULTI has its defaults for
     several (bam/configure.py)."""
 
-    learning_rate: float = setting(5e-5, "peak rate; higher for the larger batches of several tasks")
+    learning_rate: float = setting(5e-5, "peak rate; higher for the larger batches of several tasks", high=1)
     batch_size: int = setting(32, "examples a step; larger where tasks mix", low=1)
     epochs: float = setting(3.0, "steps = epochs · examples / batch_size, at least 1, whatever the exponent", 1e-3, 1e6)
     warmup: float = setting(0.1, "part of the steps in which the rate rises from 0, as Adam needs here", high=1)
     layer_decay: float = setting(0.9, "α: a layer's rate is α times the one above; low layers are general", high=1)
-    weight_decay: float = setting(0.01, "decoupled; not on biases and LayerNorm")
+    weight_decay: float = setting(0.01, "decoupled; not on biases and LayerNorm", high=1)
     clip_norm: float = setting(1.0, "largest norm of a batch's summed gradient; active at nearly every step", low=1e-9)
     exponent: float = setting(0.75, "tasks are sampled with p ∝ size^exponent: 1 by size, 0 all alike", high=10)
     gold_weight: float | None = setting(None, "λ: none is step / num_steps; or a constant, 0 teacher to 1 gold", high=1)
@@ -86,7 +86,7 @@ REGIMES = {
     "single-multi-single": Regime(multi=False, teacher="single-multi"),
     "single-multi-single-multi": Regime(multi=True, teacher="single-multi-single"),
 }
-assert list(REGIMES) == list(figure.REGIMES)  # which has their labels, for table and picture
+assert list(REGIMES) == list(figure.REGIMES), "figure.py has their labels, for table and picture"
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,8 @@ def learning_rate(step, num_steps, recipe, distance_to_head=0):
 
 
 def vector_norm(vector):
-    """The Euclidean norm (0-dim.) of a long vector. On a CPU norm() adds up in float32, and what it gives for random numbers
-    is 1 % too small at BERT-Base's length and 6 % at BERT-Large's. From parts of 2^18 numbers it is right to 1e-6."""
+    """The Euclidean norm (0-dim.) of a long vector. On a CPU norm() adds up in float32, and for random numbers it is 1 %
+    too small at BERT-Base's length and 6 % at BERT-Large's. From parts of 2^18 numbers it is right to 1e-6."""
     parts = vector.split(1 << 18) if vector.device.type == "cpu" else [vector]
     return torch.stack([part.norm() for part in parts]).norm()
 
@@ -165,8 +165,8 @@ class Adam:
 
     def __init__(self, model, recipe):
         def group_of(named):
-            name, _ = named
-            is_exempt = name.endswith("bias") or "norm" in name  # from weight decay
+            name, parameter = named
+            is_exempt = name.endswith("bias") or "norm" in name or not parameter.requires_grad  # from weight decay
             return model.depth(name), is_exempt
 
         parameters = sorted(model.named_parameters(), key=group_of)
@@ -253,11 +253,21 @@ def rehearse(model, dataset, targets, run):
     run.compile_encoder(model, lambda: add_gradients(model, dataset, targets, longest, 1.0, seed=0, run=run))
 
 
+def check_outputs(model, dataset, teacher_logits):
+    """Raise InputError for heads or teachers' logits that do not fit the dataset's columns (N, K)."""
+    heads = {task.name: task.num_outputs for task in dataset.tasks}
+    if list(model.num_outputs.items()) != list(heads.items()):
+        raise InputError(f"the model has the heads {model.num_outputs}; expected {heads}, in this order")
+    if teacher_logits is not None and teacher_logits.shape != dataset.labels.shape:
+        raise InputError(f"teacher_logits have shape {teacher_logits.shape}; expected {dataset.labels.shape}")
+
+
 def training_identity(model, recipe, dataset, teacher_logits, seed):
     """A number that tells trainings apart, so that none resumes another's checkpoint."""
-    weights = model.word_embeddings.weight[::100].detach().cpu().numpy()  # tells pre-trained encoders apart
+    initial = [model.word_embeddings.weight[::100], model.head.weight]  # tell checkpoints and draws of heads apart
+    weights = [tensor.detach().cpu().numpy() for tensor in initial]
     digest = hashlib.sha256(repr((model.config, recipe, seed)).encode())
-    for array in (dataset.input_ids, dataset.labels, teacher_logits, weights):
+    for array in (dataset.input_ids, dataset.labels, teacher_logits, *weights):
         if array is not None:
             digest.update(np.ascontiguousarray(array))
     return int.from_bytes(digest.digest()[:8], "little") >> 1  # 63 bits
@@ -267,8 +277,10 @@ def train(model, dataset, teacher_logits, recipe, seed, run, folder=None, evalua
     """Train on a dataset of one or several tasks; teacher_logits (N, K), or None to learn from the labels alone.
 
     It writes metrics.jsonl in the folder (by default the run's own) and, every few minutes, training.safetensors, from
-    which a repeated command resumes. evaluate_now(): the dev scores that --evaluate-every logs.
+    which a repeated command resumes. evaluate_now() gives dev scores, {task: percent}, to log every run.evaluate_every
+    steps.
     """
+    check_outputs(model, dataset, teacher_logits)
     folder = Path(folder or run.folder)
     run.on_rank_0(folder.mkdir, parents=True, exist_ok=True)
     num_steps = max(1, int(recipe.epochs * len(dataset) / recipe.batch_size))

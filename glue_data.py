@@ -60,6 +60,8 @@ class Task:
         suitable = ("pearson", "spearman") if self.is_regression else ("accuracy", "f1", "matthews")
         if not self.metrics or not set(self.metrics) <= set(suitable):
             raise InputError(f"task {self.name}: metrics are {self.metrics}; expected some of {suitable}")
+        if not self.dev:
+            raise InputError(f"task {self.name}: no dev split; expected one to score on")
         if "f1" in self.metrics and len(self.labels) != 2:
             raise InputError(f"task {self.name}: f1 needs two labels; there are {len(self.labels)}")
 
@@ -197,6 +199,8 @@ class Split:
 
 def read_split(task, split, root):
     """One split of a task, under the GLUE folder `root`, as a Split."""
+    if split not in task.files:
+        raise InputError(f"task {task.name} has no split {split!r}; expected one of {', '.join(task.files)}")
     path = Path(root) / task.folder / task.files[split]
     data = read_file(path, "a file of GLUE")
     is_test = split in dict(task.test)

@@ -24,7 +24,7 @@ import numpy as np
 import glue_data
 from glue_data import Dataset, InputError, load_dataset, read_file
 from model import WEIGHTS, CheckpointError, load_pretrained, weight_files, whole
-from runtime import Parser
+from runtime import PRECISIONS, Parser
 from wordpiece import Tokenizer
 
 DATA = "glue_data"
@@ -118,7 +118,7 @@ def add_machine_flags(parser):
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="cuda, cpu, mps (default: cuda where there is one)")
     precision = "default: bfloat16 where the device multiplies it natively"
-    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help=precision)
+    add("--precision", choices=PRECISIONS, default="auto", help=precision)
     add("--no-compile", dest="compile", action="store_false", help="CUDA: do not compile the encoder")
     add("--save-minutes", type=number(float, 0), default=5, metavar="X", help="between checkpoints (default 5)")
     add("--save-steps", type=count, default=0, metavar="N", help="the same in steps, whichever comes first")

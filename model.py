@@ -157,7 +157,8 @@ class MultiTaskBert(nn.Module):
         return self.embeddings_project(x)  # (T, H)
 
     def pooled_output(self, input_ids, segment_ids, position_ids, layout, bfloat16=False):
-        """(T,) each to (B, H) in float32. This is what is compiled, so the precision is chosen inside."""
+        """(T,) each to (B, H) in float32, on an accelerator with one more sequence (ops.upload_padded). This is what is
+        compiled, so the precision is chosen inside."""
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=bfloat16):
             x = self.embed(input_ids, segment_ids, position_ids)  # (T, H)
             for layer in self.layers:
@@ -258,8 +259,9 @@ def public_tensors(model):
 
 
 def load_pretrained(folder, num_outputs=None, say=lambda line: None):
-    """The model of a checkpoint's folder. Its heads are new ones for num_outputs ({task: count}) or, without it, those
-    of the file, which save_pretrained wrote. Where the file has no pooler, `say` is told, and a new one is made.
+    """The model of a checkpoint's folder, in training mode. Its heads are new ones for num_outputs ({task: count}) or,
+    without it, those of the file, which save_pretrained wrote. Where the file has no pooler, `say` is told, and a new
+    one is made.
 
     Takes Hugging Face's files with or without the `bert.` or `electra.` prefix, with gamma and beta or weight and bias.
     A tensor that is missing, of another shape, or left over in the encoder raises CheckpointError and is named.
@@ -350,6 +352,8 @@ def read_pickle(path):
 def save_pretrained(model, folder, tensors=None, **more):
     """Write config.json, with `more` in it, and model.safetensors: the tensors given or, as load_pretrained's inverse,
     all of them under public names, heads included."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     config = {"hidden_act": "gelu", **asdict(model.config), **more}
     with whole(folder / "config.json") as file:
         file.write(json.dumps(config, indent=2).encode() + b"\n")

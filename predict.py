@@ -16,7 +16,7 @@ import torch
 import glue_data
 from bam import REGIMES, predict
 from model import load_pretrained, public_tensors, save_pretrained
-from runtime import Parser, Run, command
+from runtime import PRECISIONS, Parser, Run, command
 from wordpiece import Tokenizer
 
 
@@ -135,7 +135,6 @@ def export(args, folders):
         for target, its_task in targets.items():
             if (target / "scores.json").exists():
                 raise glue_data.InputError(f"--export: {target} is a model of a run; expected another folder")
-            target.mkdir(parents=True, exist_ok=True)
             write_public(model, target, its_task)
             tokenizer.save(target, max_length)
             print(target)
@@ -153,7 +152,7 @@ def main(argv=None):
     add("--export", metavar="FOLDER", help="write the encoder and each task's model for Hugging Face")
     add("--regime", metavar="NAME", help="a folder of RUN/trial-1 (default: the task's last in the table)")
     add("--device", default="auto", help="cuda, cpu, mps (default: cuda where there is one)")
-    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
+    add("--precision", choices=PRECISIONS, default="auto")
     args = parser.parse_intermixed_args(argv)  # FILE may come after --task
     given = [args.file is not None, args.text is not None or args.text2 is not None, args.export is not None]
     if sum(given) != 1:

@@ -33,6 +33,7 @@ from ops import compiled
 CUDA_TOKENS = 8192  # tokens at once, in training and in predicting: what fills the device, and no more
 CPU_TOKENS = 800  # in float32; more is hardly faster, and takes more memory
 CPU_BFLOAT16_TOKENS = 2400
+PRECISIONS = ("auto", "float32", "bfloat16")
 MIN_TOKENS = 256  # a micro-batch is not halved below this where memory is short
 
 
@@ -76,6 +77,7 @@ def first_line(error):
 def find_device(name, rank, world):
     """The torch.device of this name; auto: cuda where there is one. Each of several processes takes its own card: the
     one that torchrun says, or else the next in turn."""
+    name = str(name)  # perhaps a torch.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and world > 1:
@@ -127,6 +129,8 @@ class Run:
         self, folder=None, device="auto", precision="auto", save_minutes=5, save_steps=0, compile=True, wait_minutes=30,
         evaluate_every=0,
     ):  # fmt: skip
+        if precision not in PRECISIONS:
+            raise InputError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
         self.rank, self.world = processes() if folder else (0, 1)
         self.device = find_device(device, self.rank, self.world)
         self.bfloat16 = multiplies_bfloat16(self.device) if precision == "auto" else precision == "bfloat16"

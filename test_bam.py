@@ -231,6 +231,8 @@ def test_an_index_is_a_whole_number_of_its_own(tmp_path, word):
     problem = "07 stands on line 2 already" if word == "07" else f"'{word}'; expected a whole number"
     with pytest.raises(InputError, match=re.escape(f"{path}, line 3: index {problem}")):
         read_split(TASKS["rte"], "RTE", tmp_path)
+    with pytest.raises(InputError, match="task mnli has no split 'test'; expected one of train, dev, .*, MNLI-m, "):
+        read_split(TASKS["mnli"], "test", tmp_path)
 
 
 @pytest.mark.parametrize("name, text, sentences", [
@@ -279,6 +281,7 @@ def test_a_task_of_ones_own_over_a_folder_of_glue(monkeypatch):
     ({"text": "ab"}, "'ab'; expected a tuple"),
     ({"text": ("a", "b", "c")}, "3 columns of text; expected 1 or 2"),
     ({"symmetric": True}, "1 columns of text; expected 2"),
+    ({"dev": ()}, "no dev split; expected one to score on"),
 ])  # fmt: skip
 def test_an_entry_of_tasks_is_checked(fields, message):
     with pytest.raises(InputError, match=re.escape(message)):
@@ -900,11 +903,11 @@ def test_save_and_load_are_inverse(tmp_path, kind, size, count):
     """Under public names, q, k and v apart, heads by task; the loaded model is the saved one to the bit. BERT has a pooler,
     a small ELECTRA a projection."""
     model = tiny_model(replace(TINY, model_type=kind, embedding_size=size))
-    save_pretrained(model, tmp_path)
-    loaded = load_pretrained(tmp_path)
+    save_pretrained(model, f"{tmp_path}/new")
+    loaded = load_pretrained(f"{tmp_path}/new")
     assert loaded.num_outputs == model.num_outputs and loaded.config == model.config
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
-    names = bert.read_safetensors(tmp_path / "model.safetensors")
+    names = bert.read_safetensors(tmp_path / "new" / "model.safetensors")
     assert torch.equal(names[f"{kind}.encoder.layer.1.attention.self.key.weight"], model.layers[1].qkv.weight[16:32])
     assert names["heads.mnli.weight"].shape == (3, 16) and len(names) == count + 3 * 16 + 6
     assert {name.split(".")[0] for name in names} == {kind, "heads"}
@@ -1661,6 +1664,13 @@ def test_distributed_variables_count_only_together(small, command, tmp_path, mon
             assert runtime.processes() == (0, 1)
 
 
+def test_a_run_computes_as_it_is_told():
+    """A device may be an object; a precision that nobody knows is no float32."""
+    assert Run(device=torch.device("cpu"), precision="float32").device.type == "cpu"
+    with pytest.raises(InputError, match="precision is 'bf16'; expected one of auto, float32, bfloat16"):
+        Run(precision="bf16")
+
+
 @pytest.mark.parametrize("local_rank, card", [("0", 0), ("", 1)])
 def test_each_process_has_its_own_card(monkeypatch, local_rank, card):
     """The one that torchrun names; without torchrun, by the process's number, whatever the number of cards a machine."""
@@ -1819,15 +1829,38 @@ def test_a_training_leaves_nothing_behind(tmp_path):
     assert [line["step"] for line in read_lines(tmp_path / "one" / "two" / "metrics.jsonl")] == [0]
 
 
-def test_no_training_resumes_anothers_checkpoint():
-    """What a checkpoint is known by changes with weights, recipe, seed, examples, labels and teachers' logits."""
+def test_no_training_resumes_anothers_checkpoint(small):
+    """What a checkpoint is known by changes with weights, new heads, recipe, seed, examples, labels and teachers' logits."""
     data = dataset([3, 9, 12])
     changed = replace(data, input_ids=data.input_ids[::-1]), replace(data, labels=1 - data.labels)
     model, other_model = tiny_model(), tiny_model(std=0.2)
     trainings = [(model, Recipe(), data, None, seed) for seed in (0, 1)]
     trainings += [(model, Recipe(weight_decay=0.0), data, None, 0), (other_model, Recipe(), data, None, 0)]
     trainings += [(model, Recipe(), other, None, 0) for other in changed] + [(model, Recipe(), data, data.labels, 0)]
+    trainings += [(load_pretrained(small[1] / "trial-1" / "single-multi", {"rte": 2}), Recipe(), data, None, 0) for _ in "ab"]
     assert len({bam.training_identity(*training) for training in trainings}) == len(trainings)
+
+
+@pytest.mark.parametrize("heads, shape, message", [
+    ({"stsb": 1, "rte": 2}, (7, 3), "has the heads {'stsb': 1, 'rte': 2}; expected {'rte': 2, 'stsb': 1}, in this order"),
+    ({"rte": 1, "stsb": 1}, (7, 3), "has the heads {'rte': 1, 'stsb': 1}; expected"),
+    ({"rte": 2, "stsb": 1}, (7, 1), "teacher_logits have shape (7, 1); expected (7, 3)"),
+])  # fmt: skip
+def test_outputs_that_do_not_fit_are_refused(tmp_path, heads, shape, message):
+    """Of the model, or of teachers; they would train in silence."""
+    data = concatenate([dataset([3, 9, 12, 9], "rte"), dataset([4, 8, 9], "stsb")])
+    with Run(tmp_path, "cpu", "float32") as run, pytest.raises(InputError, match=re.escape(message)):
+        bam.train(tiny_model(**heads), data, np.zeros(shape, np.float32), Recipe(), 0, run)
+
+
+def test_frozen_parameters_stay(tmp_path):
+    model = tiny_model(rte=2)
+    model.requires_grad_(False).head.requires_grad_(True)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with Run(tmp_path, "cpu", "float32") as run:
+        bam.train(model, dataset([3, 9, 12]), None, Recipe(epochs=20), 0, run)
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == {"head.weight", "head.bias"}
 
 
 def test_a_damaged_run_directory_is_named(small, command, tmp_path):
