@@ -54,7 +54,7 @@ class Task:
         for words in (self.text, self.labels):
             if not isinstance(words, tuple) or len({word for word in words if isinstance(word, str)}) < len(words):
                 raise InputError(f"task {self.name}: {words!r}; expected a tuple of different words")
-        if len(self.text) not in ((2,) if self.symmetric else (1, 2)):
+        if len(self.text) not in (1 + self.symmetric, 2):
             expected = "2" if self.symmetric else "1 or 2"
             raise InputError(f"task {self.name}: {len(self.text)} columns of text; expected {expected}")
         suitable = ("pearson", "spearman") if self.is_regression else ("accuracy", "f1", "matthews")

@@ -323,8 +323,8 @@ def save_checkpoint(folder, tensors):
 
 
 def discard_checkpoints(folder):
-    for path in list(folder.glob(f"*{CHECKPOINT}*")):  # the one before it too, and one that was cut off
-        path.unlink()
+    for name in (CHECKPOINT, PREVIOUS, CHECKPOINT + ".part"):  # the last: cut off by a kill
+        (folder / name).unlink(missing_ok=True)
 
 
 class Progress:
@@ -455,7 +455,7 @@ def show(text, end="\n", stream="stdout"):
     """Print, as far as anybody reads: output that cannot be written ends nothing."""
     try:
         if getattr(sys, stream) is not None:
-            print(text + end, end="", file=getattr(sys, stream), flush=True)  # one write, also where processes share it
+            print(text + end, end="", file=getattr(sys, stream), flush=True)  # one write: processes share it
     except (OSError, ValueError):  # the reader or the terminal is gone, or the stream is closed
         setattr(sys, stream, None)  # so that Python's last flush does not fail either
 
@@ -481,7 +481,7 @@ def command(name, main, argv=None):
     except FloatingPointError as error:  # it diverged, which resuming does not mend
         status, message = 1, f"error: {error}"
     except (OSError, MemoryError, torch.OutOfMemoryError) as error:  # a full disk; no memory
-        status, message = 1, f"error: {error}{resumes}"
+        status, message = 1, f"error: {first_line(error)}{resumes}"
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):  # gloo's has no class of its own
             raise

@@ -1665,7 +1665,7 @@ def test_distributed_variables_count_only_together(small, command, tmp_path, mon
 
 
 def test_a_run_computes_as_it_is_told():
-    """A device may be an object; a precision that nobody knows is no float32."""
+    """A device may be an object; an unknown precision is refused, not taken as float32."""
     assert Run(device=torch.device("cpu"), precision="float32").device.type == "cpu"
     with pytest.raises(InputError, match="precision is 'bf16'; expected one of auto, float32, bfloat16"):
         Run(precision="bf16")
@@ -1847,13 +1847,14 @@ def test_no_training_resumes_anothers_checkpoint(small):
     ({"rte": 2, "stsb": 1}, (7, 1), "teacher_logits have shape (7, 1); expected (7, 3)"),
 ])  # fmt: skip
 def test_outputs_that_do_not_fit_are_refused(tmp_path, heads, shape, message):
-    """Of the model, or of teachers; they would train in silence."""
+    """Heads, or teachers' logits; they would train in silence."""
     data = concatenate([dataset([3, 9, 12, 9], "rte"), dataset([4, 8, 9], "stsb")])
     with Run(tmp_path, "cpu", "float32") as run, pytest.raises(InputError, match=re.escape(message)):
         bam.train(tiny_model(**heads), data, np.zeros(shape, np.float32), Recipe(), 0, run)
 
 
 def test_frozen_parameters_stay(tmp_path):
+    """Weight decay does not move them, and no training resumes one that had frozen others."""
     model = tiny_model(rte=2)
     model.requires_grad_(False).head.requires_grad_(True)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -1861,6 +1862,8 @@ def test_frozen_parameters_stay(tmp_path):
         bam.train(model, dataset([3, 9, 12]), None, Recipe(epochs=20), 0, run)
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert changed == {"head.weight", "head.bias"}
+    training = model, Recipe(), dataset([3, 9, 12]), None, 0
+    assert bam.training_identity(*training) != bam.training_identity(model.requires_grad_(True), *training[1:])
 
 
 def test_a_damaged_run_directory_is_named(small, command, tmp_path):

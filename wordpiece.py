@@ -62,6 +62,7 @@ class Tokenizer:
     def save(self, folder, max_length):
         """Write the files from which this class, and Hugging Face's AutoTokenizer, build this tokenizer again."""
         folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         vocab = self.backend.get_vocab()
         config = {"tokenizer_class": "PreTrainedTokenizerFast"}  # BertTokenizer would drop FINAL_SIGMA
         config["model_max_length"] = max_length
