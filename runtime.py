@@ -468,6 +468,7 @@ def command(name, main, argv=None):
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's kernels, and PyTorch's
         os.environ.setdefault(cache, "64")  # not 1,024: a kernel serves one shape, and most batches have a new one
     resumes = "; the same command resumes from the last checkpoint" if name == "bam.py" else ""
+    status = 1
     try:
         main(argv)
         if sys.stdout is not None:
@@ -477,17 +478,19 @@ def command(name, main, argv=None):
         sys.stdout = None
         return 1
     except (InputError, CheckpointError) as error:
-        status, message = 2, f"error: {error}"
+        status = 2
+        message = f"error: {error}"
     except FloatingPointError as error:  # it diverged, which resuming does not mend
-        status, message = 1, f"error: {error}"
+        message = f"error: {error}"
     except (OSError, MemoryError, torch.OutOfMemoryError) as error:  # a full disk; no memory
-        status, message = 1, f"error: {first_line(error)}{resumes}"
+        message = f"error: {first_line(error)}{resumes}"
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):  # gloo's has no class of its own
             raise
         reason = "another process was lost, whose own message says why, or did not come in time"
-        status, message = 1, f"error: {reason} ({first_line(error)})"
+        message = f"error: {reason} ({first_line(error)})"
     except KeyboardInterrupt:
-        status, message = 130, f"interrupted{resumes}"
+        status = 130
+        message = f"interrupted{resumes}"
     show(f"{name}: {message}", stream="stderr")
     return status
