@@ -69,21 +69,17 @@ def read_sentences(task, data, path):
     return glue_data.sentences_of(task, texts, path)
 
 
-def own_text(args, task):
-    """The sentences that the command gives: (first, second or None)."""
+def label(args, task, folder):
+    """Print label and probability, or score, for each line of somebody's own text."""
     if args.file:
         piped = args.file == "-" and sys.stdin
         data = sys.stdin.buffer.read() if piped else glue_data.read_file(Path(args.file), "one example a line")
-        return read_sentences(task, data, args.file)
-    texts = [text for text in (args.text, args.text2) if text is not None]
-    if len(texts) != len(task.text):
-        raise glue_data.InputError(f"{task.name} takes --text{' and --text2' * (len(task.text) - 1)}, or a file")
-    return texts[:1], texts[1:] or None
-
-
-def label(args, task, folder):
-    """Print label and probability, or score, for each line of somebody's own text."""
-    first, second = own_text(args, task)
+        first, second = read_sentences(task, data, args.file)
+    else:
+        texts = [text for text in (args.text, args.text2) if text is not None]
+        if args.text is None or len(texts) != len(task.text):
+            raise glue_data.InputError(f"{task.name} takes --text{' and --text2' * (len(task.text) - 1)}, or a file")
+        first, second = texts[:1], texts[1:] or None
     model, task, tokenizer, max_length = load_model(args.run, folder, task)
     run = Run(None, args.device, args.precision)
     dataset = glue_data.text_dataset(task, first, second, tokenizer, max_length)
