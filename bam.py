@@ -151,8 +151,8 @@ def learning_rate(step, num_steps, recipe, distance_to_head=0):
 
 
 def vector_norm(vector):
-    """The Euclidean norm of a long vector, 0-dimensional. On a CPU norm() sums in float32 and loses small terms: of random
-    numbers it is 1 % too small at BERT-Base's length, 6 % at BERT-Large's. Over parts of 2^18 numbers it is within 6e-6."""
+    """The Euclidean norm of a long vector, 0-dimensional. On a CPU norm() sums in float32 and loses small terms: it is
+    1 % too small for random numbers of BERT-Base's length, 6 % of BERT-Large's. In parts of 2^18 it errs by 6e-6."""
     if vector.device.type != "cpu":
         return vector.norm()
     return torch.stack([part.norm() for part in vector.split(1 << 18)]).norm()
@@ -211,8 +211,8 @@ class Adam:
 
 # `run` (runtime.Run) is the device, the run directory and the processes that share them: run.rank of run.world, and
 # run.all_reduce(x) sums x over them; run.on_rank_0(f, ...) calls f in process 0 while the others wait; run.exists(path)
-# gives process 0's answer in all of them; run.tokens_at_once bounds a micro-batch, the part of a batch that is run at
-# once. A dataset's example i is input_ids[offsets[i] : offsets[i + 1]].
+# gives process 0's answer in all of them; run.tokens_at_once is about the size of a micro-batch, the part of a batch
+# that is run at once. A dataset's example i is input_ids[offsets[i] : offsets[i + 1]].
 
 
 def targets_of(dataset, teacher_logits, device):
@@ -248,7 +248,7 @@ def add_gradients(model, dataset, targets, examples, gold_weight, seed, run):
 
 
 def rehearse(model, dataset, targets, run):
-    """On CUDA, compile the encoder by a pass over the largest micro-batch, that of the longest examples."""
+    """On CUDA, compile the encoder by a pass over a full micro-batch of the longest examples."""
     lengths = np.diff(dataset.offsets)  # (N,)
     longest = np.argsort(-lengths)[: max(1, run.tokens_at_once // lengths.max())]
     run.compile_encoder(model, lambda: add_gradients(model, dataset, targets, longest, 1.0, seed=0, run=run))

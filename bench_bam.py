@@ -40,7 +40,7 @@ import model as bert
 import ops
 from glue_data import TASKS, Dataset, concatenate
 from model import BertConfig, MultiTaskBert
-from runtime import CUDA_TOKENS, Run, command
+from runtime import CUDA_TOKENS, PRECISIONS, Run, command
 from wordpiece import Tokenizer
 
 # -------------------------------------------------------------------------------------------------- sizes and examples
@@ -560,8 +560,8 @@ def limits(rate):
 # ---------------------------------------------------------------------------------------------------------- the command
 
 
-def parse_args(argv):
-    """The flags."""
+def main(argv=None):
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", default="glue_data", help="the GLUE folder; without it examples are drawn (default glue_data)")
@@ -574,13 +574,8 @@ def parse_args(argv):
     add("--limits", type=float, nargs="?", const=790e12, metavar="RATE", help=about)
     add("--rounds", type=int, default=5, help="of each comparison, fewer where they take minutes (default 5)")
     add("--device", default="auto", help="as bam.py's")
-    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="as bam.py's; hf_best's too")
-    return parser.parse_args(argv)
-
-
-def main(argv=None):
-    """The command."""
-    args = parse_args(argv)
+    add("--precision", choices=PRECISIONS, default="auto", help="as bam.py's; hf_best's too")
+    args = parser.parse_args(argv)
     if args.limits:
         return limits(args.limits)
     with tempfile.TemporaryDirectory() as folder:

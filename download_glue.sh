@@ -47,8 +47,6 @@ EOF
 die() { echo "download_glue.sh: $1" >&2; exit 1; }
 usage() { sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; }
 
-# ---------------------------------------------------------------------------------------------------------- one file
-
 # request FILE URL: append to FILE what the server has beyond it, or return 1 if the server has no such file.
 request() {
   local file=$1 url=$2 screen=/dev/null pause error

@@ -457,7 +457,7 @@ def pearson(true, predicted):
     """NaN where one side is constant: there is no correlation to speak of (as SciPy)."""
     if np.ptp(true) == 0 or np.ptp(predicted) == 0:
         return float("nan")
-    return np.corrcoef(true.astype(np.float64), predicted.astype(np.float64))[0, 1]
+    return np.corrcoef(true, predicted, dtype=np.float64)[0, 1]
 
 
 def ranks(values):

@@ -195,7 +195,6 @@ SUPPORTED = {
     "is_decoder": (False,),
 }
 # Our names, and Hugging Face's for the same tensors. There q, k and v are three, and layers are encoder.layer.N.
-QKV = tuple(f"attention.self.{part}" for part in ("query", "key", "value"))
 LAYER_NAMES = {
     "attention_out": "attention.output.dense",
     "attention_norm": "attention.output.LayerNorm",
@@ -247,8 +246,8 @@ def public_tensors(model):
         if module[0] == "layers":
             prefix = f"{encoder}.encoder.layer.{module[1]}"
             if module[2] == "qkv":
-                thirds = zip(QKV, tensor.chunk(3), strict=True)
-                tensors.update({f"{prefix}.{public}.{kind}": third for public, third in thirds})
+                for part, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                    tensors[f"{prefix}.attention.self.{part}.{kind}"] = third
             else:
                 tensors[f"{prefix}.{LAYER_NAMES[module[2]]}.{kind}"] = tensor
         elif module[0] == "head":
@@ -291,10 +290,8 @@ def load_pretrained(folder, num_outputs=None, say=lambda line: None):
 def fill(model, found, path, new):
     """Copy what a file holds into the model, but for the parts `new`. Raises CheckpointError unless the file's tensors
     are those that its config.json implies."""
-    tensors = public_tensors(model)
+    tensors = {name: tensor for name, tensor in public_tensors(model).items() if not name.startswith(new)}
     for name, tensor in tensors.items():
-        if name.startswith(new):
-            continue
         if name not in found:
             raise CheckpointError(f"{path}: no tensor {name!r}; expected one of shape {list(tensor.shape)}")
         if found[name].shape != tensor.shape:
@@ -422,7 +419,7 @@ def write_safetensors(path, tensors):
     end = 0
     for name, tensor in tensors.items():
         start = end
-        end += tensor.numel() * tensor.element_size()
+        end += tensor.nbytes
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     blobs = [tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for tensor in tensors.values()]
     metadata = {"format": "pt", "content_sha256": sha256(header, blobs)}  # Hugging Face wants the format

@@ -93,9 +93,8 @@ def multiplies_bfloat16(device):
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = Path("/proc/cpuinfo")  # Linux's
-    flags = cpu.read_text().split() if cpu.exists() else []
-    return device.type == "cpu" and not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
+    found = torch.cpu.get_capabilities()
+    return device.type == "cpu" and any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def processes():
@@ -211,7 +210,7 @@ class Run:
         return bool(found)
 
     def say(self, line, live=False):
-        """Print a line and log it. A live line is overwritten by the next, and not logged."""
+        """Print a line and log it. On a terminal a live line is overwritten by the next, and not logged."""
         if self.rank:
             return
         live = live and self.live

@@ -81,9 +81,10 @@ def report(run, tasks):
     """Write results.json, table.txt and figure.svg, and print the table."""
     results = collect([run.folder], tasks)
     summary = summarize(results, tasks)
+    text = to_text(summary, tasks)
     write_whole(run.folder / "results.json", to_json({**results, "summary": summary}))
-    write_whole(run.folder / "table.txt", to_text(summary, tasks))
-    run.say("\n" + to_text(summary, tasks))
+    write_whole(run.folder / "table.txt", text)
+    run.say("\n" + text)
     try:
         figure.draw(run.folder)
     except ValueError as error:  # a damaged metrics.jsonl does not undo a finished run
