@@ -56,7 +56,7 @@ Stage = namedtuple("Stage", "trial regime task training dev scores num_steps")
 def read_run(folder):
     """(config.json or {}, a Stage for each folder of the run that holds a log or scores)."""
     stages = []
-    for path in sorted(folder.glob("trial-[1-9]*/*/**/")):
+    for path in sorted([*folder.glob("trial-[1-9]*/*/"), *folder.glob("trial-[1-9]*/*/*/")]):
         trial, regime, *task = path.relative_to(folder).parts
         log = path / "metrics.jsonl"
         lines = log.read_bytes().split(b"\n")[:-1] if log.exists() else []  # the last line may be half written
@@ -65,7 +65,7 @@ def read_run(folder):
         dev = {entry["step"]: entry["dev"] for entry in entries if "dev" in entry}
         splits = {name: next(iter(splits.values())) for name, splits in read_json(path / "scores.json").items()}
         scores = {name: next(iter(metrics.items())) for name, metrics in splits.items()}  # the paper's split and metric
-        num_steps = training[-1]["step"] + 1 if training else 1
+        num_steps = max([training[-1]["step"] + 1, *dev]) if training else 1
         if dev and scores:
             dev[num_steps] = {name: percent for name, (_, percent) in scores.items()}
         is_model = trial[6:].isdecimal() and set(task) <= set(scores or task)  # and nothing that was moved aside
@@ -91,7 +91,7 @@ def scores_of(stages, tasks):
     """{task: {regime: [percent of each trial]}}; under "" the average over the tasks, taken within each trial."""
     trials = defaultdict(dict)
     for stage in stages:
-        known = {task: percent for task, (_, percent) in stage.scores.items() if percent is not None}
+        known = {task: percent for task, (_, percent) in stage.scores.items() if task in tasks and percent is not None}
         trials[stage.regime, stage.trial].update(known)
     scores = {task: defaultdict(list) for task in ("", *tasks)}
     for (regime, _), percents in trials.items():

@@ -24,11 +24,11 @@ def finished_models(run, tasks, regime=None):
     """{task name: folder of its model} in a run directory: trial 1 of a regime or, without one, for each task of
     the last regime of the table that has finished it."""
     folders = {}
+    config = run / "config.json"
+    own = glue_data.read_json(config).get("tasks", ()) if config.exists() else ()  # copied teachers may have more
     for name in [regime] if regime else REGIMES:  # later ones replace earlier ones
         top = run / "trial-1" / name
-        for path in sorted(top.glob("**/scores.json")):
-            known = [task for task in glue_data.read_json(path) if path.parent in (top, top / task)]
-            folders |= dict.fromkeys(known, path.parent)
+        folders |= {task: path for task in own for path in (top, top / task) if (path / "scores.json").exists()}
     if not folders:
         problem = f"no finished model{' of ' + regime if regime else ''} there"
         raise glue_data.InputError(f"{run}: {problem}; expected the run directory of an earlier command")
