@@ -105,7 +105,7 @@ def add_training_flags(parser, regimes):
     add = parser.add_argument_group("files").add_argument
     add("--demo", action="store_true", help="generated data, a tiny BERT, its own recipe: no download, two minutes")
     add("--data", default=DATA, help=f"the GLUE folder (default {DATA}, downloaded if missing)")
-    add("--download", action="store_true", help="download GLUE into a --data of another name too")
+    add("--download", action="store_true", help="fetch what --data lacks of GLUE, whatever its name")
     name = f"a folder, or a public checkpoint's name, ORG/NAME (default {CHECKPOINT_NAME})"
     add("--checkpoint", default=CHECKPOINT_NAME, help=name)
     add("--teacher-checkpoint", help="another one for the teachers: only their outputs reach the student")
@@ -145,9 +145,9 @@ def recipes(args, defaults):
 def data_folder(args, run):
     """The GLUE folder, downloaded where it is missing, unless its name may be a mistake."""
     folder = Path(args.data)
-    begun = run.exists(folder / ".download")
-    if begun or not run.exists(folder):
-        if not begun and args.data != DATA and not args.download:
+    wanted = args.download or run.exists(folder / ".download")  # or begun before
+    if wanted or not run.exists(folder):
+        if not wanted and args.data != DATA:
             raise InputError(f"--data: there is no folder {folder}; with --download GLUE is fetched into it")
         run.on_rank_0(download, run, "glue", str(folder))
     return folder
@@ -169,8 +169,10 @@ def download(run, *arguments):
     lock = Path(arguments[-1] + ".lock")  # the last argument is the folder
     lock.parent.mkdir(parents=True, exist_ok=True)
     with open(lock, "w") as file:
+        run.say(f"downloading to {arguments[-1]}, after any other command that does")
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX)
+        run.stop_if_asked()
         result = subprocess.run(["bash", str(script), *arguments], env={**os.environ, "PYTHON": sys.executable})
     if result.returncode:
         run.stop_if_asked()  # Ctrl-C ends the script too
