@@ -320,7 +320,8 @@ def predict(model, dataset, run, may_stop=True):
     """The logits (N, outputs) of a dataset of one task, in its order, without dropout. may_stop: whether a signal may
     end it."""
     model.eval()
-    columns = model.columns[dataset.tasks[0].name]
+    (task,) = dataset.tasks
+    columns = model.columns[task.name]
     outputs = torch.zeros(dataset.labels.shape, device=run.device)  # (N, outputs)
     share = np.arange(run.rank, len(dataset), run.world)  # this process's examples
     for examples in micro_batches(dataset, share, run.tokens_at_once):

@@ -60,8 +60,8 @@ class Task:
         suitable = ("pearson", "spearman") if self.is_regression else ("accuracy", "f1", "matthews")
         if not self.metrics or not set(self.metrics) <= set(suitable):
             raise InputError(f"task {self.name}: metrics are {self.metrics}; expected some of {suitable}")
-        if not self.dev:
-            raise InputError(f"task {self.name}: no dev split; expected one to score on")
+        if not self.dev or len(self.files) < 1 + len(self.dev) + len(self.test):
+            raise InputError(f"task {self.name}: splits {', '.join(self.files)}; expected a dev split, and no name twice")
         if "f1" in self.metrics and len(self.labels) != 2:
             raise InputError(f"task {self.name}: f1 needs two labels; there are {len(self.labels)}")
 

@@ -281,7 +281,8 @@ def test_a_task_of_ones_own_over_a_folder_of_glue(monkeypatch):
     ({"text": "ab"}, "'ab'; expected a tuple"),
     ({"text": ("a", "b", "c")}, "3 columns of text; expected 1 or 2"),
     ({"symmetric": True}, "1 columns of text; expected 2"),
-    ({"dev": ()}, "no dev split; expected one to score on"),
+    ({"dev": ()}, "splits train; expected a dev split, and no name twice"),
+    ({"test": (("dev", "test.tsv"),)}, "splits train, dev; expected a dev split, and no name twice"),
 ])  # fmt: skip
 def test_an_entry_of_tasks_is_checked(fields, message):
     with pytest.raises(InputError, match=re.escape(message)):
@@ -1789,6 +1790,8 @@ def test_processes_share_the_predictions():
             run.all_reduce = lambda outputs: found.append(outputs.clone())
             bam.predict(model, data, run)
     np.testing.assert_allclose(sum(found), expected, atol=1e-6)
+    with pytest.raises(ValueError, match="unpack"):  # of which task, where there are several?
+        bam.predict(model, concatenate([data, dataset([4], "stsb")]), run)
 
 
 def test_another_process_was_asked_to_stop(monkeypatch):
@@ -2021,6 +2024,8 @@ def test_teachers_of_another_checkpoint_teach_by_their_outputs_alone(small, comm
     assert predict.finished_models(out, [TASKS["stsb"]], "single-teacher") == {"stsb": folders[0]}
     save_pretrained(tiny_model(replace(TINY, hidden_size=32), std=0.2), big)
     assert "files.teacher/model.safetensors" in command(*again)[2]
+    (out / "config.json").write_text('{"tasks": ["stsb"]}')  # as if it had copied teachers of more tasks
+    assert predict.finished_models(out, [], "single-teacher") == {"stsb": folders[0]}
 
 
 def test_unknown_tokens_are_named(small, tmp_path):
@@ -2033,11 +2038,15 @@ def test_unknown_tokens_are_named(small, tmp_path):
     assert re.findall("warning: .*", said) == ["warning: 67% of the tokens of RTE dev are [UNK]; is it the right tokenizer?"]
 
 
-def test_a_download_that_a_signal_ends_is_no_failure(monkeypatch):
+def test_a_download_that_a_signal_ends_is_no_failure(tmp_path, monkeypatch):
+    """Nor does one begin after it, as where the command had to wait. --download counts where the folder is there, too."""
     run = Run(None, "cpu")
-    monkeypatch.setattr(inputs.subprocess, "run", lambda *_, **__: run.ask_to_stop(2, None) or Mock(returncode=-2))
-    with pytest.raises(KeyboardInterrupt):
-        inputs.download(run, "glue", "glue_data")
+    script = Mock(side_effect=lambda *_, **__: run.ask_to_stop(2, None) or Mock(returncode=-2))
+    monkeypatch.setattr(inputs.subprocess, "run", script)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            inputs.data_folder(Mock(data=str(tmp_path), download=True), run)
+    assert script.call_count == 1
 
 
 @pytest.fixture
@@ -2220,7 +2229,7 @@ def test_predict_refuses(quick, command, tmp_path):
         ((tmp_path, "--task", "rte", "--text", "x"), "no finished model there"),
         ((out, "--task", "rte", "--text", "x"), "rte takes --text and --text2, or a file"),
         ((out, "--task", "rte", "--text", "x", "--text2", "\udcff"), r"--text2: invalid utf8 value: '\udcff'"),
-        ((out, "--text", "x"), "--task: expected one of mnli, rte, stsb"),
+        ((out, "--text", "x"), "--task: expected one of rte, stsb, mnli"),
     ]:
         status, _, stderr = command(*arguments, main=predict.main)
         assert status == 2 and stderr.startswith("predict.py: error: ") and stderr.count("\n") == 1, stderr
@@ -2355,8 +2364,12 @@ def test_figure_shows_every_task_regime_and_trial(tmp_path):
 
 
 def test_figure_prints_the_median_and_the_average_within_trials(tmp_path):
-    """Trials (50, 90), (60, 10), (70, 20): medians 60 and 20, averages 70, 35, 45 with median 45, not 40."""
-    run = write_run(tmp_path, ("rte", "mrpc"), trials=[(50, 90), (60, 10), (70, 20)])
+    """Trials (50, 90), (60, 10), (70, 20): medians 60 and 20, averages 70, 35, 45 with median 45, not 40. Teachers may be
+    links, and those of another run's tasks do not count."""
+    run = write_run(tmp_path / "run", ("rte", "mrpc"), trials=[(50, 90), (60, 10), (70, 20)])
+    teacher = (run / "trial-1/single/rte").rename(tmp_path / "teacher")
+    (run / "trial-1/single/rte").symlink_to(teacher)
+    write_stage(run / "trial-1/single/cola", {"cola": 99})
     assert [word for word in drawn(run)[1] if re.fullmatch(r"\d\d\.\d", word)] == ["45.0", "60.0", "20.0"]
 
 
@@ -2394,9 +2407,11 @@ def test_figure_of_an_unfinished_run(tmp_path):
     (run / "trial-1/single/mrpc/scores.json").unlink()
     with open(run / "trial-1/single/mrpc/metrics.jsonl", "a") as file:
         file.write('{"step": 100, "lo')
+    write_stage(run / "trial-1/single-multi", steps=41, dev={50: {"rte": 60, "mrpc": 60}})
     tree, words = drawn(run)
     assert {"MRPC", "RTEaccuracy"} <= set(words) and not {"MRPCaccuracy", "Averageof 2 tasks"} & set(words)
     assert lines_of(tree, "single-single")[0][-1][0] == pytest.approx(figure.PLOT / 2, abs=0.1)
+    assert max(x for line in lines_of(tree, "single-multi") for x, _ in line) == figure.PLOT
 
 
 def test_figure_is_self_contained_and_follows_the_colour_scheme(tmp_path):
