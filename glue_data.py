@@ -61,7 +61,7 @@ class Task:
         if not self.metrics or not set(self.metrics) <= set(suitable):
             raise InputError(f"task {self.name}: metrics are {self.metrics}; expected some of {suitable}")
         if not self.dev or len(self.files) < 1 + len(self.dev) + len(self.test):
-            raise InputError(f"task {self.name}: splits {', '.join(self.files)}; expected a dev split, and no name twice")
+            raise InputError(f"task {self.name}: splits {', '.join(self.files)}; expected a dev split, no name twice")
         if "f1" in self.metrics and len(self.labels) != 2:
             raise InputError(f"task {self.name}: f1 needs two labels; there are {len(self.labels)}")
 

@@ -281,8 +281,8 @@ def test_a_task_of_ones_own_over_a_folder_of_glue(monkeypatch):
     ({"text": "ab"}, "'ab'; expected a tuple"),
     ({"text": ("a", "b", "c")}, "3 columns of text; expected 1 or 2"),
     ({"symmetric": True}, "1 columns of text; expected 2"),
-    ({"dev": ()}, "splits train; expected a dev split, and no name twice"),
-    ({"test": (("dev", "test.tsv"),)}, "splits train, dev; expected a dev split, and no name twice"),
+    ({"dev": ()}, "splits train; expected a dev split, no name twice"),
+    ({"test": (("dev", "test.tsv"),)}, "splits train, dev; expected a dev split, no name twice"),
 ])  # fmt: skip
 def test_an_entry_of_tasks_is_checked(fields, message):
     with pytest.raises(InputError, match=re.escape(message)):
