@@ -2039,7 +2039,7 @@ def test_unknown_tokens_are_named(small, tmp_path):
 
 
 def test_a_download_that_a_signal_ends_is_no_failure(tmp_path, monkeypatch):
-    """Nor does one begin after it, as where the command had to wait. --download counts where the folder is there, too."""
+    """After the signal no download begins either. --download is obeyed where the folder exists."""
     run = Run(None, "cpu")
     script = Mock(side_effect=lambda *_, **__: run.ask_to_stop(2, None) or Mock(returncode=-2))
     monkeypatch.setattr(inputs.subprocess, "run", script)
