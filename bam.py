@@ -33,7 +33,7 @@ import table
 from glue_data import InputError, block_diagonal, concatenate, micro_batches, pack, sample_schedule
 from inputs import checkpoint_folder, data_folder, identity, load_data, parse_args, recipes
 from model import WEIGHTS, load_pretrained, save_pretrained
-from ops import upload
+from ops import backward, upload
 from runtime import Progress, Run, command, discard_checkpoints, to_json, within_memory, write_whole
 from wordpiece import Tokenizer
 
@@ -242,7 +242,7 @@ def add_gradients(model, dataset, targets, examples, gold_weight, seed, run):
         logits = model(batch, run.bfloat16)  # (B, K)
         labels, teacher_logits, own, regression = (target.index_select(0, batch.examples) for target in targets)
         loss = distillation_loss(logits, labels, teacher_logits, own, regression, weight).sum()
-        loss.backward()
+        backward(loss, model.parameters(), run.device)
         total += loss.detach()
     return total
 

@@ -3,12 +3,13 @@
     fused operations   a product with what follows it        linear_gelu, linear_dropout_add_norm, dropout, compiled
     packed batches     a batch of sequences on its device    Packed, upload
     attention          inside each sequence                  attend, Padded for accelerators, Buckets for a CPU
+    gradients          added where they are collected        backward
 
 On CUDA the whole encoder is compiled, so that each fused operation becomes a product and one kernel. The two layouts
-for attention have one meaning: Padded is one call of PyTorch's attention; Buckets, for a CPU, pad less.
+for attention have one meaning: Padded is two calls of PyTorch's attention; Buckets, for a CPU, pad less.
 
 Dimension letters: B sequences, T tokens, H hidden size, A attention heads, D = H / A, F feed-forward size. Attention
-alone pads: B sequences, or the n of a bucket, to the L tokens of the longest.
+alone pads: the n sequences of a group or bucket to the L tokens of its longest, which makes P positions in all.
 """
 
 import functools
@@ -83,54 +84,67 @@ def upload(batch, device):
 def upload_padded(batch, device):
     """The same for an accelerator: one copy out of pinned memory, for which nothing waits. The layout is Padded.
 
-    A sequence of one token is added at the end. Nobody reads it, so its gradient is 0, and padding can be copies of it.
-    It also keeps B from being 1, for which torch.compile would make another graph.
+    Three sequences of one token are added at the end. Nobody reads them, so their gradients are 0, and padding can be
+    copies of the last. They also keep a group from having one sequence, for which torch.compile would make another
+    graph.
     """
-    tokens = [np.append(array, 0) for array in (batch.input_ids, batch.segment_ids, batch.position_ids)]  # (T,) each
-    lengths = np.append(np.diff(batch.cu_seqlens), 1)  # (B,)
-    arrays = [*tokens, *padded_indices(lengths), lengths, batch.examples]
+    tokens = [np.append(array, [0, 0, 0]) for array in (batch.input_ids, batch.segment_ids, batch.position_ids)]  # (T,)
+    cls, pad, unpad, groups = padded_indices(np.append(np.diff(batch.cu_seqlens), [1, 1, 1]))
+    arrays = [*tokens, cls, pad, unpad, batch.examples, *map(np.ravel, groups)]
     flat = torch.from_numpy(np.concatenate(arrays, dtype=np.int32, casting="same_kind"))
     if device.type == "cuda":
         flat = flat.pin_memory()
         # With a mask, cuDNN's attention has NaN gradients at some sizes (pytorch#196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
     flat = flat.to(device, non_blocking=device.type == "cuda")
-    *tokens, cls, pad, unpad, lengths, examples = flat.split([len(array) for array in arrays])
-    positions = torch.arange(len(pad) // len(cls), device=device)  # (L,)
-    mask = (positions < lengths[:, None])[:, None, None]  # (B, 1, 1, L)
-    for tensor in (*tokens, cls, pad, unpad, mask):
+    input_ids, segment_ids, position_ids, cls, pad, unpad, examples, *masks = flat.split([len(x) for x in arrays])
+    masks = tuple(mask.view(len(group), 1, 1, -1).bool() for mask, group in zip(masks, groups, strict=True))
+    for tensor in (input_ids, segment_ids, position_ids, cls, pad, unpad, *masks):
         torch._dynamo.mark_dynamic(tensor, 0)
-    torch._dynamo.mark_dynamic(mask, 3)
-    return Packed(*tokens, examples, Padded(cls, pad, unpad, mask))
+    for mask in masks:
+        torch._dynamo.mark_dynamic(mask, 3)
+    return Packed(input_ids, segment_ids, position_ids, examples, Padded(cls, pad, unpad, masks))
 
 
 def padded_indices(lengths):
-    """cls (B,), pad (B · L,) and unpad (T,) of a Padded layout. L is a multiple of 8, as attention's kernels want."""
-    longest = -(-lengths.max() // 8) * 8
+    """cls (B,), pad (P,) and unpad (T,) of a Padded layout, and for both groups which padded positions hold a token
+    (n, L). The cut is where attention has least to do, if the sequences come longest first, as in training. L is a
+    multiple of 8, as attention's kernels want."""
     starts = np.cumsum(lengths) - lengths
-    positions = np.arange(longest)
-    is_token = positions < lengths[:, None]  # (B, L)
-    pad = np.where(is_token, starts[:, None] + positions, starts[-1])  # (B, L)
-    return starts, pad.ravel(), np.flatnonzero(is_token)
+    counts = np.arange(2, len(lengths) - 1)  # how many the first group can have
+    work = counts * lengths[0] ** 2 + (len(lengths) - counts) * lengths[counts] ** 2
+    pads = []
+    groups = []
+    for members in np.split(np.arange(len(lengths)), [counts[work.argmin()]]):
+        positions = np.arange(-(-lengths[members].max() // 8) * 8)
+        is_token = positions < lengths[members, None]  # (n, L)
+        pads.append(np.where(is_token, starts[members, None] + positions, starts[-1]).ravel())
+        groups.append(is_token)
+    return starts, np.concatenate(pads), np.flatnonzero(np.concatenate([group.ravel() for group in groups])), groups
 
 
 # ----------------------------------------------------------------------------------------------------------- attention
 
 
-def attend(function, padded, mask, num_heads, p, cls_q=None):
-    """Attention by function(q, k, v, attn_mask, dropout_p) inside each of n padded sequences: queries, keys and values
-    (n · L, 3H) to (n · L, H). With cls_q (n, H), the queries of the [CLS] tokens alone, keys and values (n · L, 2H) to
-    (n, H). mask (n, 1, 1, L) is true where a padded position holds a token; p: dropout on the probabilities."""
-    n, _, _, length = mask.shape
-    parts = 3 if cls_q is None else 2
-    heads = padded.view(n, length, parts, num_heads, -1).permute(2, 0, 3, 1, 4)  # (3 or 2, n, A, L, D)
-    if cls_q is None:
-        q, k, v = heads  # (n, A, L, D) each
-    else:
-        k, v = heads
-        q = cls_q.view(n, num_heads, 1, -1)  # (n, A, 1, D)
-    context = function(q, k, v, attn_mask=mask, dropout_p=p)  # (n, A, L or 1, D)
-    return context.transpose(1, 2).flatten(0, 1).flatten(1)  # (n · L or n, H)
+def attend(function, padded, masks, num_heads, p, cls_q=None):
+    """Attention by function(q, k, v, attn_mask, dropout_p) inside padded sequences, one group after the other: queries,
+    keys and values (P, 3H) to (P, H). With cls_q (B, H), the queries of the [CLS] tokens alone, keys and values (P, 2H)
+    to (B, H). masks: of each group (n, 1, 1, L), true where a padded position holds a token; p: dropout on the
+    probabilities."""
+    queries = [None] * len(masks) if cls_q is None else cls_q.split([len(mask) for mask in masks])
+    contexts = []
+    for group, mask, q in zip(padded.split([mask.numel() for mask in masks]), masks, queries, strict=True):
+        n, _, _, length = mask.shape
+        parts = 3 if q is None else 2
+        heads = group.view(n, length, parts, num_heads, -1).permute(2, 0, 3, 1, 4)  # (3 or 2, n, A, L, D)
+        if q is None:
+            q, k, v = heads  # (n, A, L, D) each
+        else:
+            k, v = heads
+            q = q.view(n, num_heads, 1, -1)  # (n, A, 1, D)
+        context = function(q, k, v, attn_mask=mask, dropout_p=p)  # (n, A, L or 1, D)
+        contexts.append(context.transpose(1, 2).flatten(0, 1).flatten(1))  # (n · L or n, H)
+    return torch.cat(contexts)
 
 
 def attention_on_cpu(q, k, v, attn_mask, dropout_p):
@@ -149,22 +163,24 @@ def attention_on_cpu(q, k, v, attn_mask, dropout_p):
 
 
 class Padded(NamedTuple):
-    """Sequences padded to the longest, for one call of scaled_dot_product_attention:
+    """Sequences in two groups, the longer ones first and each group padded to its longest, for two calls of
+    scaled_dot_product_attention: one would pad most of a batch's sequences to several times their length.
 
-    tokens     a a a a a b b b b c                    T = 10, B = 3; c is the sequence that nobody reads
-    padded     a a a a a  b b b b -  c - - - -        L = 5 (8 in fact: L is a multiple of 8)
-    pad        0 1 2 3 4  5 6 7 8 9  9 9 9 9 9        each padded position's token; padding borrows the last one
-    unpad      0 1 2 3 4 5 6 7 8 10                   each token's padded position
+    tokens     a a a a b b b b b c c d e f            T = 14, B = 6; nobody reads d, e and f
+    padded     a a a a -  b b b b b                   n = 2, L = 5 (8 in fact: L is a multiple of 8)
+               c c  d -  e -  f -                     n = 4, L = 2
+    pad        0 1 2 3 13  4 5 6 7 8  9 10  11 13 ..  each padded position's token; padding borrows the last one
+    unpad      0 1 2 3 5 6 7 8 9 10 11 12 14 16       each token's padded position
     """
 
     cls: torch.Tensor  # (B,) each sequence's first token
-    pad: torch.Tensor  # (B · L,)
+    pad: torch.Tensor  # (P,)
     unpad: torch.Tensor  # (T,)
-    mask: torch.Tensor  # (B, 1, 1, L) true where a padded position holds a token
+    masks: tuple[torch.Tensor, ...]  # of each group (n, 1, 1, L), true where a padded position holds a token
 
     def attention(self, qkv, num_heads, p, cls_q=None):
-        padded = Gather.apply(qkv, self.pad, self.unpad)  # (B · L, 3H or 2H)
-        context = attend(F.scaled_dot_product_attention, padded, self.mask, num_heads, p, cls_q)  # (B · L or B, H)
+        padded = Gather.apply(qkv, self.pad, self.unpad)  # (P, 3H or 2H)
+        context = attend(F.scaled_dot_product_attention, padded, self.masks, num_heads, p, cls_q)  # (P or B, H)
         return Gather.apply(context, self.unpad, self.pad) if cls_q is None else context
 
 
@@ -208,13 +224,9 @@ class Buckets:
         return cuts
 
     def attention(self, qkv, num_heads, p, cls_q=None):
-        padded = Gather.apply(qkv, self.pad, self.unpad).split([mask.numel() for mask in self.masks])
-        queries = [None] * len(padded)
-        if cls_q is not None:
-            queries = cls_q[self.order].split([len(mask) for mask in self.masks])
-        buckets = zip(padded, self.masks, queries, strict=True)
-        contexts = [attend(attention_on_cpu, x, mask, num_heads, p, q) for x, mask, q in buckets]
-        context = torch.cat(contexts)  # (padded tokens or B, H)
+        padded = Gather.apply(qkv, self.pad, self.unpad)  # (P, 3H or 2H)
+        queries = None if cls_q is None else cls_q[self.order]
+        context = attend(attention_on_cpu, padded, self.masks, num_heads, p, queries)  # (P or B, H)
         return context.index_select(0, self.unpad) if cls_q is None else context[self.inverse]
 
 
@@ -231,3 +243,16 @@ class Gather(torch.autograd.Function):
     def backward(ctx, grad):
         (inverse,) = ctx.saved_tensors
         return grad.index_select(0, inverse), None, None
+
+
+# ----------------------------------------------------------------------------------------------------------- gradients
+
+
+def backward(loss, parameters, device):
+    """loss.backward(), where the parameters' gradients are there to be added to. On an accelerator a few kernels add
+    them; backward() would start one for each parameter, which takes longer than its addition."""
+    if device.type == "cpu":
+        return loss.backward()
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    gradients = torch.autograd.grad(loss, trained, materialize_grads=True)  # 0 for a parameter that had no part in it
+    torch._foreach_add_([parameter.grad for parameter in trained], gradients)

@@ -821,8 +821,29 @@ def logits_and_gradients(model, compiled, lengths, device, bfloat16):
     optimizer = bam.Adam(model.to(device), bam.SINGLE)
     model.compiled = compiled
     logits = model.train()(random_batch(model.config, lengths, device, ops.upload_padded), bfloat16)
-    logits.square().sum().backward()
+    ops.backward(logits.square().sum(), model.parameters(), torch.device(device))
     return logits.detach(), optimizer.gradients.clone()
+
+
+def test_gradients_added_at_once_are_those_of_backward():
+    """Added to what is there, as on an accelerator; a frozen parameter, and one that the loss does not use, get none."""
+    found = []
+    for device in ("cpu", "meta"):  # meta: computed on a CPU as elsewhere
+        model = tiny_model(rte=2)
+        model.unused = nn.Parameter(torch.ones(3))
+        model.embeddings_norm.requires_grad_(False)
+        optimizer = bam.Adam(model, bam.SINGLE)
+        for lengths in ([5, 3], LENGTHS):
+            loss = model(random_batch(TINY, lengths, upload=ops.upload_padded)).square().sum()
+            ops.backward(loss, model.parameters(), torch.device(device))
+        found.append(optimizer.gradients)
+    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-6)
+    assert found[0].any() and not model.embeddings_norm.weight.grad.any()
+
+
+def test_an_accelerators_short_sequences_are_not_padded_to_the_longest():
+    layout = random_batch(TINY, [40, 30, *[7] * 20], upload=ops.upload_padded).layout
+    assert [tuple(mask.shape) for mask in layout.masks] == [(2, 1, 1, 40), (23, 1, 1, 8)]  # and three that nobody reads
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
@@ -830,12 +851,12 @@ def logits_and_gradients(model, compiled, lengths, device, bfloat16):
     ("cpu", False, 1e-5), pytest.param("cuda", False, 1e-4, marks=gpu), pytest.param("cuda", True, 0.05, marks=gpu),
 ])  # fmt: skip
 def test_the_encoder_compiles_to_one_graph(device, bfloat16, bound):
-    """After a first batch, in which B is L, no other number of sequences or tokens, no single sequence, and no other
+    """After a first batch, in which n is L, no other number of sequences or tokens, no single sequence, and no other
     model of this shape compiles anything; logits and gradients, in the optimizer's vector, are the eager ones."""
     config = replace(TINY, num_hidden_layers=2, hidden_size=32)  # heads of 8, as a GPU's attention in bfloat16 wants
     how = device, bfloat16
     compiled_encoder = ops.compiled(MultiTaskBert.pooled_output)
-    logits_and_gradients(tiny_model(config, rte=2), compiled_encoder, [8] * 7, *how)  # and the one that nobody reads
+    logits_and_gradients(tiny_model(config, rte=2), compiled_encoder, [8] * 8, *how)
     batches = [[5], [12, 3, 3, 9, 30], [16] * 4, [8] * 7, [40], [7] * 9, [2, 2], [40] * 40, [33, 2, 5], LENGTHS]
     with torch.compiler.set_stance("fail_on_recompile"):
         for lengths, outputs in zip(batches, itertools.cycle([{"rte": 2}, {"mnli": 3, "stsb": 1}])):
@@ -854,7 +875,7 @@ def test_compiled_operations_drop_out(device):
     def attend(qkv, layout):
         return ops.dropout(layout.attention(qkv, 2, 0.1), 0.1)
 
-    qkv = torch.randn(sum(LENGTHS) + 1, 48, generator=torch.Generator().manual_seed(0)).to(device)
+    qkv = torch.randn(sum(LENGTHS) + 3, 48, generator=torch.Generator().manual_seed(0)).to(device)
     torch._dynamo.mark_dynamic(qkv, 0)
     layout = random_batch(TINY, LENGTHS, device, ops.upload_padded).layout
     draws = []
