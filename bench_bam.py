@@ -254,7 +254,7 @@ def operations(config, lengths, passes, counts=1):
 
 
 # What a line of results holds, and its width and form in the table; what a measurement lacks is null in the JSON.
-COLUMNS = {"seconds": (10, "{:.3f} s"), "examples_per_s": (17, "{:.1f} ex/s"), "tokens_per_s": (14, "{:.0f} tok/s"),
+COLUMNS = {"seconds": (10, "{:.3g} s"), "examples_per_s": (17, "{:.1f} ex/s"), "tokens_per_s": (14, "{:.0f} tok/s"),
            "share_of_peak": (15, "{:.1%} of peak"), "ratio": (12, "ours ×{:.2f}"),
            "ratio_spread": (14, "({0[0]:.2f}–{0[1]:.2f})"), "peak_bytes": (12, "{:.2e} B"),
            "note": (0, "  {}"), "matrix_flops": (0, ""), "rounds": (0, ""), "at": (0, "")}  # fmt: skip
