@@ -157,7 +157,7 @@ class MultiTaskBert(nn.Module):
         return self.embeddings_project(x)  # (T, H)
 
     def pooled_output(self, input_ids, segment_ids, position_ids, layout, bfloat16=False):
-        """(T,) each to (B, H) in float32, on an accelerator with more sequences (ops.upload_padded). This is what is
+        """(T,) each to (B, H) in float32, on an accelerator with three more (ops.upload_padded). This is what is
         compiled, so the precision is chosen inside."""
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=bfloat16):
             x = self.embed(input_ids, segment_ids, position_ids)  # (T, H)
@@ -174,7 +174,7 @@ class MultiTaskBert(nn.Module):
         tokens = batch.input_ids, batch.segment_ids, batch.position_ids
         pooled = pooled_output(self, *tokens, batch.layout, bfloat16)  # (B, H)
         pooled = dropout(pooled, self.config.hidden_dropout_prob if self.training else 0.0)
-        return self.head(pooled)[: len(batch.examples)]  # an accelerator's batch has more, which nobody reads
+        return self.head(pooled)[: len(batch.examples)]  # an accelerator's batch has three more, which nobody reads
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints

@@ -3,7 +3,7 @@
     fused operations   a product with what follows it        linear_gelu, linear_dropout_add_norm, dropout, compiled
     packed batches     a batch of sequences on its device    Packed, upload
     attention          inside each sequence                  attend, Padded for accelerators, Buckets for a CPU
-    gradients          added where they are collected        backward
+    gradients          added to those that are there         backward
 
 On CUDA the whole encoder is compiled, so that each fused operation becomes a product and one kernel. The two layouts
 for attention have one meaning: Padded is two calls of PyTorch's attention; Buckets, for a CPU, pad less.
@@ -85,8 +85,7 @@ def upload_padded(batch, device):
     """The same for an accelerator: one copy out of pinned memory, for which nothing waits. The layout is Padded.
 
     Three sequences of one token are added at the end. Nobody reads them, so their gradients are 0, and padding can be
-    copies of the last. They also keep a group from having one sequence, for which torch.compile would make another
-    graph.
+    copies of the last. With them both groups have two sequences or more; for one torch.compile would make another graph.
     """
     tokens = [np.append(array, [0, 0, 0]) for array in (batch.input_ids, batch.segment_ids, batch.position_ids)]  # (T,)
     cls, pad, unpad, groups = padded_indices(np.append(np.diff(batch.cu_seqlens), [1, 1, 1]))
@@ -111,12 +110,13 @@ def padded_indices(lengths):
     (n, L). The cut is where attention has least to do, if the sequences come longest first, as in training. L is a
     multiple of 8, as attention's kernels want."""
     starts = np.cumsum(lengths) - lengths
+    padded = -(-lengths // 8) * 8
     counts = np.arange(2, len(lengths) - 1)  # how many the first group can have
-    work = counts * lengths[0] ** 2 + (len(lengths) - counts) * lengths[counts] ** 2
+    work = counts * padded[0] ** 2 + (len(lengths) - counts) * padded[counts] ** 2
     pads = []
     groups = []
     for members in np.split(np.arange(len(lengths)), [counts[work.argmin()]]):
-        positions = np.arange(-(-lengths[members].max() // 8) * 8)
+        positions = np.arange(padded[members].max())
         is_token = positions < lengths[members, None]  # (n, L)
         pads.append(np.where(is_token, starts[members, None] + positions, starts[-1]).ravel())
         groups.append(is_token)
@@ -137,11 +137,7 @@ def attend(function, padded, masks, num_heads, p, cls_q=None):
         n, _, _, length = mask.shape
         parts = 3 if q is None else 2
         heads = group.view(n, length, parts, num_heads, -1).permute(2, 0, 3, 1, 4)  # (3 or 2, n, A, L, D)
-        if q is None:
-            q, k, v = heads  # (n, A, L, D) each
-        else:
-            k, v = heads
-            q = q.view(n, num_heads, 1, -1)  # (n, A, 1, D)
+        q, k, v = heads if q is None else (q.view(n, num_heads, 1, -1), *heads)  # (n, A, L, D) each; q alone L or 1
         context = function(q, k, v, attn_mask=mask, dropout_p=p)  # (n, A, L or 1, D)
         contexts.append(context.transpose(1, 2).flatten(0, 1).flatten(1))  # (n · L or n, H)
     return torch.cat(contexts)
@@ -164,13 +160,12 @@ def attention_on_cpu(q, k, v, attn_mask, dropout_p):
 
 class Padded(NamedTuple):
     """Sequences in two groups, the longer ones first and each group padded to its longest, for two calls of
-    scaled_dot_product_attention: one would pad most of a batch's sequences to several times their length.
+    scaled_dot_product_attention: a single call would pad most of a batch's sequences to several times their length.
 
-    tokens     a a a a b b b b b c c d e f            T = 14, B = 6; nobody reads d, e and f
-    padded     a a a a -  b b b b b                   n = 2, L = 5 (8 in fact: L is a multiple of 8)
-               c c  d -  e -  f -                     n = 4, L = 2
-    pad        0 1 2 3 13  4 5 6 7 8  9 10  11 13 ..  each padded position's token; padding borrows the last one
-    unpad      0 1 2 3 5 6 7 8 9 10 11 12 14 16       each token's padded position
+    tokens     a a a a a b b b b c c d e f                      T = 14, B = 6; nobody reads d, e and f
+    padded     a a a a a  b b b b -    c c  d -  e -  f -       n = 2, L = 5, and n = 4, L = 2 (in fact 8 and 8)
+    pad        0 1 2 3 4  5 6 7 8 13   9 10 11 13 12 13 13 13   each padded position's token; padding borrows the last
+    unpad      0 1 2 3 4 5 6 7 8 10 11 12 14 16                 each token's padded position
     """
 
     cls: torch.Tensor  # (B,) each sequence's first token
@@ -249,8 +244,8 @@ class Gather(torch.autograd.Function):
 
 
 def backward(loss, parameters, device):
-    """loss.backward(), where the parameters' gradients are there to be added to. On an accelerator a few kernels add
-    them; backward() would start one for each parameter, which takes longer than its addition."""
+    """loss.backward() for parameters that have gradients, to which it adds. On an accelerator a few kernels add them
+    all; backward() would launch one for each parameter, and a launch takes longer than the addition."""
     if device.type == "cpu":
         return loss.backward()
     trained = [parameter for parameter in parameters if parameter.requires_grad]

@@ -828,7 +828,7 @@ def logits_and_gradients(model, compiled, lengths, device, bfloat16):
 def test_gradients_added_at_once_are_those_of_backward():
     """Added to what is there, as on an accelerator; a frozen parameter, and one that the loss does not use, get none."""
     found = []
-    for device in ("cpu", "meta"):  # meta: computed on a CPU as elsewhere
+    for device in ("cpu", "meta"):  # meta takes the accelerator's path, here with a CPU's tensors
         model = tiny_model(rte=2)
         model.unused = nn.Parameter(torch.ones(3))
         model.embeddings_norm.requires_grad_(False)
