@@ -66,8 +66,8 @@ class BertLayer(nn.Module):
         self.ffn_norm = nn.LayerNorm(hidden, config.layer_norm_eps)
 
     def forward(self, x, layout, only_cls=False):
-        """x (T, H) to (T, H). layout, ops.Padded or ops.Buckets, attends inside each sequence. With only_cls, for the
-        last layer, to (B, H), the [CLS] tokens: the others, which nobody reads, give keys and values alone."""
+        """x (T, H) to (T, H). layout, an ops.Padded, attends inside each sequence. With only_cls, for the last layer,
+        to (B, H), the [CLS] tokens: the others, which nobody reads, give keys and values alone."""
         hidden = self.config.hidden_size
         heads = self.config.num_attention_heads
         p_hidden = self.config.hidden_dropout_prob if self.training else 0.0

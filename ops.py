@@ -2,14 +2,13 @@
 
     fused operations   a product with what follows it        linear_gelu, linear_dropout_add_norm, dropout, compiled
     packed batches     a batch of sequences on its device    Packed, upload
-    attention          inside each sequence                  attend, Padded for accelerators, Buckets for a CPU
+    attention          inside each sequence                  attend, Padded, PaddedOnCpu
     gradients          added to those that are there         backward
 
-On CUDA the whole encoder is compiled, so that each fused operation becomes a product and one kernel. The two layouts
-for attention have one meaning: Padded is two calls of PyTorch's attention; Buckets, for a CPU, pad less.
+On CUDA the whole encoder is compiled, so that each fused operation becomes a product and one kernel.
 
 Dimension letters: B sequences, T tokens, H hidden size, A attention heads, D = H / A, F feed-forward size. Attention
-alone pads: the n sequences of a group or bucket to the L tokens of its longest, which makes P positions in all.
+alone pads: the n sequences of a group to the L tokens of its longest, which makes P positions in all.
 """
 
 import functools
@@ -70,25 +69,30 @@ class Packed(NamedTuple):
     segment_ids: torch.Tensor  # (T,)
     position_ids: torch.Tensor  # (T,)
     examples: torch.Tensor  # (B,) which examples of the dataset these are
-    layout: "Padded | Buckets"  # where each sequence lies, for attention
+    layout: "Padded"  # where each sequence lies, for attention
 
 
 def upload(batch, device):
     """A glue_data.Batch as a Packed on the device."""
     if device.type != "cpu":
         return upload_padded(batch, device)
-    tokens = map(torch.from_numpy, (batch.input_ids, batch.segment_ids, batch.position_ids, batch.examples))
-    return Packed(*tokens, Buckets(batch.cu_seqlens))
+    lengths = np.diff(batch.cu_seqlens)
+    *indices, groups = padded_indices(lengths, buckets(lengths))
+    arrays = batch.input_ids, batch.segment_ids, batch.position_ids, batch.examples, *indices
+    *tokens, cls, pad, unpad = map(torch.from_numpy, arrays)
+    masks = tuple(torch.from_numpy(group[:, None, None]) for group in groups)
+    return Packed(*tokens, PaddedOnCpu(cls, pad, unpad, masks))
 
 
 def upload_padded(batch, device):
-    """The same for an accelerator: one copy out of pinned memory, for which nothing waits. The layout is Padded.
+    """The same for an accelerator: one copy out of pinned memory, for which nothing waits.
 
     Three sequences of one token are added at the end. Nobody reads them, so their gradients are 0, and padding can be
     copies of the last. With them both groups have two sequences or more; for one torch.compile would make another graph.
     """
     tokens = [np.append(array, [0, 0, 0]) for array in (batch.input_ids, batch.segment_ids, batch.position_ids)]  # (T,)
-    cls, pad, unpad, groups = padded_indices(np.append(np.diff(batch.cu_seqlens), [1, 1, 1]))
+    lengths = np.append(np.diff(batch.cu_seqlens), [1, 1, 1])
+    cls, pad, unpad, groups = padded_indices(lengths, halves(lengths), multiple=8)
     arrays = [*tokens, cls, pad, unpad, batch.examples, *map(np.ravel, groups)]
     flat = torch.from_numpy(np.concatenate(arrays, dtype=np.int32, casting="same_kind"))
     if device.type == "cuda":
@@ -105,22 +109,39 @@ def upload_padded(batch, device):
     return Packed(input_ids, segment_ids, position_ids, examples, Padded(cls, pad, unpad, masks))
 
 
-def padded_indices(lengths):
-    """cls (B,), pad (P,) and unpad (T,) of a Padded layout, and for both groups which padded positions hold a token
-    (n, L). The cut is where attention has least to do, if the sequences come longest first, as in training. L is a
-    multiple of 8, as attention's kernels want."""
+def padded_indices(lengths, cuts, multiple=1):
+    """cls (B,), pad (P,) and unpad (T,) of a Padded layout, and for each group which padded positions hold a token
+    (n, L). cuts: where groups begin, but for the first; L is a multiple of `multiple`."""
     starts = np.cumsum(lengths) - lengths
-    padded = -(-lengths // 8) * 8
-    counts = np.arange(2, len(lengths) - 1)  # how many the first group can have
-    work = counts * padded[0] ** 2 + (len(lengths) - counts) * padded[counts] ** 2
     pads = []
     groups = []
-    for members in np.split(np.arange(len(lengths)), [counts[work.argmin()]]):
-        positions = np.arange(padded[members].max())
+    for members in np.split(np.arange(len(lengths)), cuts):
+        positions = np.arange(-(-lengths[members].max() // multiple) * multiple)
         is_token = positions < lengths[members, None]  # (n, L)
         pads.append(np.where(is_token, starts[members, None] + positions, starts[-1]).ravel())
         groups.append(is_token)
     return starts, np.concatenate(pads), np.flatnonzero(np.concatenate([group.ravel() for group in groups])), groups
+
+
+def buckets(lengths):
+    """Cuts for a CPU, for sequences that come longest first, as in training: many groups of similar lengths."""
+    cuts = []
+    longest = lengths[0]
+    for position, length in enumerate(lengths):
+        if not 0.7 * longest <= length <= longest:
+            cuts.append(position)
+            longest = length
+    return cuts
+
+
+def halves(lengths):
+    """The one cut for an accelerator, for sequences that come longest first: where attention has least to do, with
+    lengths that are multiples of 8, as its kernels want. More groups would mean more kernels, and a number of them that
+    changes would mean more graphs of torch.compile."""
+    padded = -(-lengths // 8) * 8
+    counts = np.arange(2, len(lengths) - 1)  # of sequences in the first group
+    work = counts * padded[0] ** 2 + (len(lengths) - counts) * padded[counts] ** 2
+    return [counts[work.argmin()]]
 
 
 # ----------------------------------------------------------------------------------------------------------- attention
@@ -150,20 +171,11 @@ def attention_on_cpu(q, k, v, attn_mask, dropout_p):
     return dropout(probabilities, dropout_p).to(v.dtype) @ v  # (n, A, L or 1, D)
 
 
-# Both layouts below have `cls` (B,), the position of each sequence's first token, and the method
-#
-#     attention(qkv, num_heads, p, cls_q=None)
-#
-# self-attention inside each sequence with dropout p on the probabilities: qkv (T, 3H) to (T, H). With cls_q (B, H), the
-# queries of the [CLS] tokens alone, qkv holds keys and values (T, 2H), and the result is (B, H).
-
-
 class Padded(NamedTuple):
-    """Sequences in two groups, the longer ones first and each group padded to its longest, for two calls of
-    scaled_dot_product_attention: a single call would pad most of a batch's sequences to several times their length.
+    """Sequences in groups, one after the other, and each group padded to its longest:
 
-    tokens     a a a a a b b b b c c d e f                      T = 14, B = 6; nobody reads d, e and f
-    padded     a a a a a  b b b b -    c c  d -  e -  f -       n = 2, L = 5, and n = 4, L = 2 (in fact 8 and 8)
+    tokens     a a a a a b b b b c c d e f                      T = 14, B = 6; on an accelerator nobody reads d, e and f
+    padded     a a a a a  b b b b -    c c  d -  e -  f -       n = 2, L = 5, and n = 4, L = 2
     pad        0 1 2 3 4  5 6 7 8 13   9 10 11 13 12 13 13 13   each padded position's token; padding borrows the last
     unpad      0 1 2 3 4 5 6 7 8 10 11 12 14 16                 each token's padded position
     """
@@ -174,60 +186,26 @@ class Padded(NamedTuple):
     masks: tuple[torch.Tensor, ...]  # of each group (n, 1, 1, L), true where a padded position holds a token
 
     def attention(self, qkv, num_heads, p, cls_q=None):
+        """Self-attention inside each sequence with dropout p on the probabilities: qkv (T, 3H) to (T, H). With cls_q
+        (B, H), the queries of the [CLS] tokens alone, qkv holds keys and values (T, 2H), and the result is (B, H)."""
         padded = Gather.apply(qkv, self.pad, self.unpad)  # (P, 3H or 2H)
         context = attend(F.scaled_dot_product_attention, padded, self.masks, num_heads, p, cls_q)  # (P or B, H)
         return Gather.apply(context, self.unpad, self.pad) if cls_q is None else context
 
 
-class Buckets:
-    """Sequences sorted by length, cut into buckets of similar length, and padded to one length in each:
-
-    tokens     a a a a a b b b b c d                       T = 11, B = 4
-    buckets    [a a a a a] [b b b b -]  and  [c] [d]       n = 2, L = 5  and  n = 2, L = 1
-
-    Padding borrows the first token, and nothing of it comes back.
-    """
-
-    SHRINK = 0.7  # a new bucket begins where a sequence is shorter than this part of its bucket's longest
-
-    def __init__(self, cu_seqlens):
-        starts = cu_seqlens[:-1].astype(np.int64)
-        lengths = np.diff(cu_seqlens)
-        order = np.argsort(-lengths, kind="stable")
-        self.cls = torch.from_numpy(starts)  # (B,)
-        self.order = torch.from_numpy(order)  # (B,) sequences, longest first
-        self.inverse = torch.from_numpy(np.argsort(order))  # (B,)
-        self.masks = []  # (n, 1, 1, L) of each bucket
-        pad = []
-        for members in np.split(order, self.cuts(lengths[order])):
-            positions = np.arange(lengths[members[0]])
-            is_token = positions < lengths[members, None]  # (n, L)
-            pad.append(np.where(is_token, starts[members, None] + positions, -1).ravel())
-            self.masks.append(torch.from_numpy(is_token[:, None, None]))
-        pad = np.concatenate(pad)  # each padded position's token, or -1
-        self.unpad = torch.from_numpy(np.argsort(pad, kind="stable")[-cu_seqlens[-1] :])  # each token's padded position
-        self.pad = torch.from_numpy(pad.clip(0))
-
-    def cuts(self, lengths):
-        """Where buckets begin, but for the first, in lengths (B,) from the longest."""
-        cuts = []
-        longest = lengths[0]
-        for position, length in enumerate(lengths):
-            if length < self.SHRINK * longest:
-                cuts.append(position)
-                longest = length
-        return cuts
+class PaddedOnCpu(Padded):
+    """The same with attention_on_cpu, and where padding borrows a token that is read, so that the gradient of taking
+    the padding away is not Gather's."""
 
     def attention(self, qkv, num_heads, p, cls_q=None):
         padded = Gather.apply(qkv, self.pad, self.unpad)  # (P, 3H or 2H)
-        queries = None if cls_q is None else cls_q[self.order]
-        context = attend(attention_on_cpu, padded, self.masks, num_heads, p, queries)  # (P or B, H)
-        return context.index_select(0, self.unpad) if cls_q is None else context[self.inverse]
+        context = attend(attention_on_cpu, padded, self.masks, num_heads, p, cls_q)  # (P or B, H)
+        return context.index_select(0, self.unpad) if cls_q is None else context
 
 
 class Gather(torch.autograd.Function):
     """x[index], to pad or to unpad. Its gradient is grad[inverse], a gather too, where PyTorch's would add up. It is
-    exact: padding sends no gradient back, and the token that Padded copies into it gets none."""
+    exact: padding sends no gradient back, and the token that Padded, on an accelerator, copies into it gets none."""
 
     @staticmethod
     def forward(ctx, x, index, inverse):

@@ -695,7 +695,7 @@ def test_layer_is_pytorchs_own_encoder_layer():
         nn.init.normal_(other, std=0.3)
         own.data = other.detach().clone()
     x = torch.randn(sum(LENGTHS), 16, requires_grad=True)
-    layout = ops.Buckets(starts_of(LENGTHS))
+    layout = random_batch(TINY, LENGTHS).layout
     y = torch.randn(sum(LENGTHS), 16)
     output = ours(x, layout)
     (output * y).sum().backward()
@@ -721,7 +721,7 @@ def test_attention_in_bfloat16_stays_near_float32():
         results = []
         for tensors in (half, full):
             torch.manual_seed(0)
-            out = ops.Buckets(starts_of(LENGTHS)).attention(tensors[0], 2, 0.1, *tensors[1:])
+            out = random_batch(TINY, LENGTHS).layout.attention(tensors[0], 2, 0.1, *tensors[1:])
             results.append((out, *torch.autograd.grad(out.sum(), tensors)))
         for near, right in zip(*results, strict=True):
             assert near.dtype == torch.bfloat16 and (near - right).abs().max() <= 0.02 * right.abs().max()
