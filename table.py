@@ -68,7 +68,7 @@ def to_text(summary, tasks):
             formats[f"  {row['trials']} trials"] = "{least:.1f}–{greatest:.1f}"
         for baseline in BASELINES:
             if f"p_{baseline}" in row["Avg"]:
-                formats[f"  p against {LABELS[baseline]}"] = f"{{p_{baseline}:.3f}}"
+                formats[f"  p against {LABELS[baseline]}"] = f"{{p_{baseline}:.2g}}"
         rows += [[label, *(cell.format(**row[column]) for column in columns)] for label, cell in formats.items()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
