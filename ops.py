@@ -77,7 +77,7 @@ def upload(batch, device):
     if device.type != "cpu":
         return upload_padded(batch, device)
     lengths = np.diff(batch.cu_seqlens)
-    *indices, groups = padded_indices(lengths, buckets(lengths))
+    *indices, groups = padded_indices(lengths, cuts_for_cpu(lengths))
     arrays = batch.input_ids, batch.segment_ids, batch.position_ids, batch.examples, *indices
     *tokens, cls, pad, unpad = map(torch.from_numpy, arrays)
     masks = tuple(torch.from_numpy(group[:, None, None]) for group in groups)
@@ -88,11 +88,11 @@ def upload_padded(batch, device):
     """The same for an accelerator: one copy out of pinned memory, for which nothing waits.
 
     Three sequences of one token are added at the end. Nobody reads them, so their gradients are 0, and padding can be
-    copies of the last. With them both groups have two sequences or more; for one torch.compile would make another graph.
+    copies of the last. With them each group has two sequences or more; for one torch.compile would make another graph.
     """
     tokens = [np.append(array, [0, 0, 0]) for array in (batch.input_ids, batch.segment_ids, batch.position_ids)]  # (T,)
     lengths = np.append(np.diff(batch.cu_seqlens), [1, 1, 1])
-    cls, pad, unpad, groups = padded_indices(lengths, halves(lengths), multiple=8)
+    cls, pad, unpad, groups = padded_indices(lengths, cuts_for_accelerator(lengths), multiple=8)
     arrays = [*tokens, cls, pad, unpad, batch.examples, *map(np.ravel, groups)]
     flat = torch.from_numpy(np.concatenate(arrays, dtype=np.int32, casting="same_kind"))
     if device.type == "cuda":
@@ -123,21 +123,21 @@ def padded_indices(lengths, cuts, multiple=1):
     return starts, np.concatenate(pads), np.flatnonzero(np.concatenate([group.ravel() for group in groups])), groups
 
 
-def buckets(lengths):
-    """Cuts for a CPU, for sequences that come longest first, as in training: many groups of similar lengths."""
+def cuts_for_cpu(lengths):
+    """Many groups of similar lengths, where the sequences come longest first, as micro_batches gives them."""
     cuts = []
     longest = lengths[0]
     for position, length in enumerate(lengths):
-        if not 0.7 * longest <= length <= longest:
+        if not 0.7 * longest <= length <= longest:  # longer: in another order there are more groups
             cuts.append(position)
             longest = length
     return cuts
 
 
-def halves(lengths):
-    """The one cut for an accelerator, for sequences that come longest first: where attention has least to do, with
-    lengths that are multiples of 8, as its kernels want. More groups would mean more kernels, and a number of them that
-    changes would mean more graphs of torch.compile."""
+def cuts_for_accelerator(lengths):
+    """Two groups, cut where attention then has least to do, if the sequences come longest first. Lengths count as
+    multiples of 8, which its kernels want. More groups would mean more kernels, and a number of groups that changes
+    would mean more graphs of torch.compile."""
     padded = -(-lengths // 8) * 8
     counts = np.arange(2, len(lengths) - 1)  # of sequences in the first group
     work = counts * padded[0] ** 2 + (len(lengths) - counts) * padded[counts] ** 2
@@ -158,7 +158,7 @@ def attend(function, padded, masks, num_heads, p, cls_q=None):
         n, _, _, length = mask.shape
         parts = 3 if q is None else 2
         heads = group.view(n, length, parts, num_heads, -1).permute(2, 0, 3, 1, 4)  # (3 or 2, n, A, L, D)
-        q, k, v = heads if q is None else (q.view(n, num_heads, 1, -1), *heads)  # (n, A, L, D) each; q alone L or 1
+        q, k, v = heads if q is None else (q.view(n, num_heads, 1, -1), *heads)  # (n, A, L, D); q (n, A, L or 1, D)
         context = function(q, k, v, attn_mask=mask, dropout_p=p)  # (n, A, L or 1, D)
         contexts.append(context.transpose(1, 2).flatten(0, 1).flatten(1))  # (n · L or n, H)
     return torch.cat(contexts)
@@ -194,8 +194,8 @@ class Padded(NamedTuple):
 
 
 class PaddedOnCpu(Padded):
-    """The same with attention_on_cpu, and where padding borrows a token that is read, so that the gradient of taking
-    the padding away is not Gather's."""
+    """The same by attention_on_cpu. Here padding borrows a token that is read and so has a gradient: taking the padding
+    away is PyTorch's index_select, since Gather would give that gradient to the padding too."""
 
     def attention(self, qkv, num_heads, p, cls_q=None):
         padded = Gather.apply(qkv, self.pad, self.unpad)  # (P, 3H or 2H)

@@ -73,7 +73,7 @@ os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"  # the C++ of torch.compile without
 os.environ["BASH_FUNC_sleep%%"] = "() { :; }"  # download_glue.sh asks again without a pause
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
-paths = pytest.mark.parametrize(  # the CPU's buckets, an accelerator's padding computed on a CPU, and on a GPU
+paths = pytest.mark.parametrize(  # the CPU's groups, an accelerator's computed on a CPU, and on a GPU
     "device, upload", [("cpu", ops.upload), ("cpu", ops.upload_padded), pytest.param("cuda", ops.upload, marks=gpu)]
 )
 
