@@ -139,7 +139,7 @@ def group(content, x=0.0, y=0.0, style=""):
 
 
 def axis(values, from_zero):
-    """(low, high, at most five round numbers from low to high): percent from at least 2 of them, or all from 0 on."""
+    """(low, high, at most five round numbers between them). high is at least 2 percent above low, or low is 0."""
     low = min(values, default=0)
     high = max(values, default=0)
     margin = max(0.05 * (high - low), 1 - (high - low) / 2)  # a small difference should look small
@@ -219,15 +219,15 @@ def training_section(stages, tasks):
     logged = [stage for stage in stages if stage.training]
     plots = [("All tasks", "in one model", "loss", [stage for stage in logged if not stage.task])]
     plots += [(TASKS.get(task, task), "", "loss", [stage for stage in logged if stage.task == task]) for task in tasks]
-    latest = {stage.regime: stage for stage in logged}
-    plots += [("λ", "weight of the gold labels", "gold_weight", latest.values())]
-    plots += [("Learning rate", "of the heads", "learning_rate", latest.values())]
+    one = {stage.regime: stage for stage in logged}
+    plots += [("λ", "weight of the gold labels", "gold_weight", one.values())]
+    plots += [("Learning rate", "of the heads", "learning_rate", one.values())]
     panels = []
     for title, unit, name, shown in plots:
         if shown:
             panels.append((title, unit, curves([(stage.regime, curve(stage, name)) for stage in shown])))
-    note = "Cross-entropy in nats, for STS-B squared error of score / 5. A line is a trial; schedules are of the last."
-    return "Loss per training example, and schedules", note, dict.fromkeys(latest, CURVE), panels, TALL
+    note = "Cross-entropy in nats; squared error for scores. A line is a trial; schedules are of one of them."
+    return "Loss per training example, and schedules", note, dict.fromkeys(one, CURVE), panels, TALL
 
 
 def lay_out(title, note, legend, panels, height):

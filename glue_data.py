@@ -205,11 +205,11 @@ def read_split(task, split, root):
     data = read_file(path, "a file of GLUE")
     is_test = split in dict(task.test)
     has_index = is_test and "index" in first_fields(data)
-    wanted = [*task.text, "index"] if has_index else [*task.text] if is_test else [*task.text, task.label]
+    last = ["index"] if has_index else [] if is_test else [task.label]
     texts = []
     labels = array("f")
     lines = {}  # {number in a submission: line}
-    for line, words in parse_tsv(data, path, wanted, () if is_test else task.header):
+    for line, words in parse_tsv(data, path, [*task.text, *last], () if is_test else task.header):
         texts.append(words[: len(task.text)])
         number = read_index(words[-1], lines, path, line) if has_index else len(lines)
         lines[number] = line

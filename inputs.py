@@ -209,7 +209,7 @@ def load_data(checkpoint, run, tasks, folder, max_length, limit):
 
 
 def load_cached(run, task, split, root, tokenizer, *settings):
-    """load_dataset; the run directory keeps its arrays for the same file, tokenizer, settings and code."""
+    """What load_dataset gives, kept in the run directory as long as file, tokenizer, settings and code are the same."""
     data = read_file(root / task.folder / task.files[split], "a file of GLUE")
     code = Path(glue_data.__file__).read_bytes()
     key = repr((task, split, settings, tokenizer.fingerprint())).encode() + code + data
@@ -227,7 +227,7 @@ def load_cached(run, task, split, root, tokenizer, *settings):
 
 def identity(experiment, run, folder, limit):
     """What decides the numbers (but for dropout's draws, which the number of processes decides too), so that models of
-    different runs never mix. Files by what they are, wherever they lie."""
+    different runs never mix. Files count by content, not by path."""
     labelled = [Path(t.folder, file) for t in experiment.tasks for file in (t.train, *dict(t.dev).values())]
     files = {str(path): folder / path for path in labelled}
     for prefix, source in (("", experiment), ("teacher/", experiment.teacher_experiment)):

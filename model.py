@@ -5,7 +5,7 @@
     tensor files  the safetensors format                  read_safetensors, write_safetensors
 
 The semantics are those of the original's bam/bert/modeling.py; only the layout differs. A batch of B sequences is one
-row of T real tokens, so every product runs over T, and nothing is spent on padding.
+row of T real tokens, over which every product runs. Attention alone pads (ops.Padded).
 
 Dimension letters: B sequences, T tokens, H hidden size, A attention heads, F feed-forward size, E embedding size (H but
 for small ELECTRA), K outputs of all tasks together.
@@ -157,8 +157,8 @@ class MultiTaskBert(nn.Module):
         return self.embeddings_project(x)  # (T, H)
 
     def pooled_output(self, input_ids, segment_ids, position_ids, layout, bfloat16=False):
-        """(T,) each to (B, H) in float32, on an accelerator with three more (ops.upload_padded). This is what is
-        compiled, so the precision is chosen inside."""
+        """(T,) each to (B, H) in float32, on an accelerator with three more (ops.upload_to_accelerator). This is what
+        is compiled, so the precision is chosen inside."""
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=bfloat16):
             x = self.embed(input_ids, segment_ids, position_ids)  # (T, H)
             for layer in self.layers:

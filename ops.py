@@ -2,7 +2,7 @@
 
     fused operations   a product with what follows it        linear_gelu, linear_dropout_add_norm, dropout, compiled
     packed batches     a batch of sequences on its device    Packed, upload
-    attention          inside each sequence                  attend, Padded, PaddedOnCpu
+    attention          inside each sequence                  Padded, PaddedOnCpu
     gradients          added to those that are there         backward
 
 On CUDA the whole encoder is compiled, so that each fused operation becomes a product and one kernel.
@@ -43,7 +43,7 @@ def dropout_mask(x, p):
     """Which elements of x stay, 1 or 0 in 8 bits each, and the scale of those that stay.
 
     An element takes 16 bits of a 64-bit draw, so that p becomes the nearest multiple of 1/65536 (0.1 becomes 0.100006),
-    and the scale fits that p.
+    and the scale fits that p (in bfloat16 to 0.2 %, as that of F.dropout).
     """
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     dropped = round(p * 65536)
@@ -75,7 +75,7 @@ class Packed(NamedTuple):
 def upload(batch, device):
     """A glue_data.Batch as a Packed on the device."""
     if device.type != "cpu":
-        return upload_padded(batch, device)
+        return upload_to_accelerator(batch, device)
     lengths = np.diff(batch.cu_seqlens)
     *indices, groups = padded_indices(lengths, cuts_for_cpu(lengths))
     arrays = batch.input_ids, batch.segment_ids, batch.position_ids, batch.examples, *indices
@@ -84,7 +84,7 @@ def upload(batch, device):
     return Packed(*tokens, PaddedOnCpu(cls, pad, unpad, masks))
 
 
-def upload_padded(batch, device):
+def upload_to_accelerator(batch, device):
     """The same for an accelerator: one copy out of pinned memory, for which nothing waits.
 
     Three sequences of one token are added at the end. Nobody reads them, so their gradients are 0, and padding can be
@@ -147,30 +147,6 @@ def cuts_for_accelerator(lengths):
 # ----------------------------------------------------------------------------------------------------------- attention
 
 
-def attend(function, padded, masks, num_heads, p, cls_q=None):
-    """Attention by function(q, k, v, attn_mask, dropout_p) inside padded sequences, one group after the other: queries,
-    keys and values (P, 3H) to (P, H). With cls_q (B, H), the queries of the [CLS] tokens alone, keys and values (P, 2H)
-    to (B, H). masks: of each group (n, 1, 1, L), true where a padded position holds a token; p: dropout on the
-    probabilities."""
-    queries = [None] * len(masks) if cls_q is None else cls_q.split([len(mask) for mask in masks])
-    contexts = []
-    for group, mask, q in zip(padded.split([mask.numel() for mask in masks]), masks, queries, strict=True):
-        n, _, _, length = mask.shape
-        parts = 3 if q is None else 2
-        heads = group.view(n, length, parts, num_heads, -1).permute(2, 0, 3, 1, 4)  # (3 or 2, n, A, L, D)
-        q, k, v = heads if q is None else (q.view(n, num_heads, 1, -1), *heads)  # (n, A, L, D); q (n, A, L or 1, D)
-        context = function(q, k, v, attn_mask=mask, dropout_p=p)  # (n, A, L or 1, D)
-        contexts.append(context.transpose(1, 2).flatten(0, 1).flatten(1))  # (n · L or n, H)
-    return torch.cat(contexts)
-
-
-def attention_on_cpu(q, k, v, attn_mask, dropout_p):
-    """PyTorch's scaled_dot_product_attention, with the faster dropout, and with softmax and its gradient in float32."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (n, A, L or 1, L)
-    probabilities = scores.masked_fill_(~attn_mask, -torch.inf).float().softmax(-1)
-    return dropout(probabilities, dropout_p).to(v.dtype) @ v  # (n, A, L or 1, D)
-
-
 class Padded(NamedTuple):
     """Sequences in groups, one after the other, and each group padded to its longest:
 
@@ -188,19 +164,39 @@ class Padded(NamedTuple):
     def attention(self, qkv, num_heads, p, cls_q=None):
         """Self-attention inside each sequence with dropout p on the probabilities: qkv (T, 3H) to (T, H). With cls_q
         (B, H), the queries of the [CLS] tokens alone, qkv holds keys and values (T, 2H), and the result is (B, H)."""
-        padded = Gather.apply(qkv, self.pad, self.unpad)  # (P, 3H or 2H)
-        context = attend(F.scaled_dot_product_attention, padded, self.masks, num_heads, p, cls_q)  # (P or B, H)
-        return Gather.apply(context, self.unpad, self.pad) if cls_q is None else context
+        groups = Gather.apply(qkv, self.pad, self.unpad).split([mask.numel() for mask in self.masks])
+        queries = [None] * len(groups) if cls_q is None else cls_q.split([len(mask) for mask in self.masks])
+        contexts = []
+        for group, mask, q in zip(groups, self.masks, queries, strict=True):  # group (n · L, 3H or 2H)
+            n, _, _, length = mask.shape
+            parts = 3 if q is None else 2
+            heads = group.view(n, length, parts, num_heads, -1).permute(2, 0, 3, 1, 4)  # (3 or 2, n, A, L, D)
+            q, k, v = heads if q is None else (q.view(n, num_heads, 1, -1), *heads)  # (n, A, L, D); q (n, A, L or 1, D)
+            context = self.attend(q, k, v, mask, p)  # (n, A, L or 1, D)
+            contexts.append(context.transpose(1, 2).flatten(0, 1).flatten(1))  # (n · L or n, H)
+        context = torch.cat(contexts)  # (P or B, H)
+        return self.remove_padding(context) if cls_q is None else context
+
+    def attend(self, q, k, v, mask, p):
+        """q (n, A, L or 1, D), k and v (n, A, L, D) to (n, A, L or 1, D)."""
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+
+    def remove_padding(self, context):
+        """(P, H) to (T, H)."""
+        return Gather.apply(context, self.unpad, self.pad)
 
 
 class PaddedOnCpu(Padded):
-    """The same by attention_on_cpu. Here padding borrows a token that is read and so has a gradient: taking the padding
-    away is PyTorch's index_select, since Gather would give that gradient to the padding too."""
+    """The same on a CPU, with the faster dropout, and with softmax and its gradient in float32. Here padding borrows a
+    token that is read, and so has a gradient: Gather would give it to the padding too, index_select does not."""
 
-    def attention(self, qkv, num_heads, p, cls_q=None):
-        padded = Gather.apply(qkv, self.pad, self.unpad)  # (P, 3H or 2H)
-        context = attend(attention_on_cpu, padded, self.masks, num_heads, p, cls_q)  # (P or B, H)
-        return context.index_select(0, self.unpad) if cls_q is None else context
+    def attend(self, q, k, v, mask, p):
+        scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (n, A, L or 1, L)
+        probabilities = scores.masked_fill_(~mask, -torch.inf).float().softmax(-1)
+        return dropout(probabilities, p).to(v.dtype) @ v  # (n, A, L or 1, D)
+
+    def remove_padding(self, context):
+        return context.index_select(0, self.unpad)
 
 
 class Gather(torch.autograd.Function):

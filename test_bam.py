@@ -74,7 +74,7 @@ os.environ["BASH_FUNC_sleep%%"] = "() { :; }"  # download_glue.sh asks again wit
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
 paths = pytest.mark.parametrize(  # the CPU's groups, an accelerator's computed on a CPU, and on a GPU
-    "device, upload", [("cpu", ops.upload), ("cpu", ops.upload_padded), pytest.param("cuda", ops.upload, marks=gpu)]
+    "device, upload", [("cpu", ops.upload), ("cpu", ops.upload_to_accelerator), pytest.param("cuda", ops.upload, marks=gpu)]
 )
 
 
@@ -820,7 +820,7 @@ def logits_and_gradients(model, compiled, lengths, device, bfloat16):
     """One training pass over sequences of these lengths, as on an accelerator: (logits, gradients by Adam's views)."""
     optimizer = bam.Adam(model.to(device), bam.SINGLE)
     model.compiled = compiled
-    logits = model.train()(random_batch(model.config, lengths, device, ops.upload_padded), bfloat16)
+    logits = model.train()(random_batch(model.config, lengths, device, ops.upload_to_accelerator), bfloat16)
     ops.backward(logits.square().sum(), model.parameters(), torch.device(device))
     return logits.detach(), optimizer.gradients.clone()
 
@@ -834,7 +834,7 @@ def test_gradients_added_at_once_are_those_of_backward():
         model.embeddings_norm.requires_grad_(False)
         optimizer = bam.Adam(model, bam.SINGLE)
         for lengths in ([5, 3], LENGTHS):
-            loss = model(random_batch(TINY, lengths, upload=ops.upload_padded)).square().sum()
+            loss = model(random_batch(TINY, lengths, upload=ops.upload_to_accelerator)).square().sum()
             ops.backward(loss, model.parameters(), torch.device(device))
         found.append(optimizer.gradients)
     torch.testing.assert_close(*found, atol=1e-6, rtol=1e-6)
@@ -842,7 +842,7 @@ def test_gradients_added_at_once_are_those_of_backward():
 
 
 def test_an_accelerators_short_sequences_are_not_padded_to_the_longest():
-    layout = random_batch(TINY, [40, 30, *[7] * 20], upload=ops.upload_padded).layout
+    layout = random_batch(TINY, [40, 30, *[7] * 20], upload=ops.upload_to_accelerator).layout
     assert [tuple(mask.shape) for mask in layout.masks] == [(2, 1, 1, 40), (23, 1, 1, 8)]  # and three that nobody reads
 
 
@@ -877,7 +877,7 @@ def test_compiled_operations_drop_out(device):
 
     qkv = torch.randn(sum(LENGTHS) + 3, 48, generator=torch.Generator().manual_seed(0)).to(device)
     torch._dynamo.mark_dynamic(qkv, 0)
-    layout = random_batch(TINY, LENGTHS, device, ops.upload_padded).layout
+    layout = random_batch(TINY, LENGTHS, device, ops.upload_to_accelerator).layout
     draws = []
     for seed in (0, 0, *range(1, 400)):
         torch.manual_seed(seed)

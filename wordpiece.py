@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint: BERT's WordPiece, with the settings that its files state. `tokenizers`."""
+"""The tokenizer of a checkpoint: BERT's WordPiece, with the settings that its files state. Uses `tokenizers`."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ class Tokenizer:
     """The WordPiece tokenizer of a checkpoint's folder, as the original's FullTokenizer (bam/bert/tokenization.py).
 
     It is built from the vocabulary and BERT's three settings alone, because a tokenizer.json may bring truncation,
-    padding, a shorter longest word, and special tokens that a sentence could spell.
+    padding, a lower limit on a word's length, and special tokens that a sentence could spell.
     """
 
     def __init__(self, folder):
