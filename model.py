@@ -157,8 +157,7 @@ class MultiTaskBert(nn.Module):
         return self.embeddings_project(x)  # (T, H)
 
     def pooled_output(self, input_ids, segment_ids, position_ids, layout, bfloat16=False):
-        """(T,) each to (B, H) in float32, on an accelerator with three more (ops.upload_to_accelerator). This is what
-        is compiled, so the precision is chosen inside."""
+        """(T,) each to (B, H) in float32. This is what is compiled, so the precision is chosen inside."""
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=bfloat16):
             x = self.embed(input_ids, segment_ids, position_ids)  # (T, H)
             for layer in self.layers:
@@ -170,11 +169,14 @@ class MultiTaskBert(nn.Module):
     def forward(self, batch, bfloat16=False):
         """An ops.Packed of B sequences to the logits (B, K) of every head. bfloat16: products in it, sums in float32.
         The heads compute in float32: in bfloat16 STS-B's scores, up to 5, would have steps of 0.02."""
-        pooled_output = self.compiled if self.compiled and self.training else MultiTaskBert.pooled_output
+        pooled_output = MultiTaskBert.pooled_output
+        if self.compiled and self.training:
+            pooled_output = self.compiled
+            batch.mark_dynamic()
         tokens = batch.input_ids, batch.segment_ids, batch.position_ids
         pooled = pooled_output(self, *tokens, batch.layout, bfloat16)  # (B, H)
         pooled = dropout(pooled, self.config.hidden_dropout_prob if self.training else 0.0)
-        return self.head(pooled)[: len(batch.examples)]  # an accelerator's batch has three more, which nobody reads
+        return self.head(pooled)[: len(batch.examples)]  # without the three that ops.upload adds
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints

@@ -2,7 +2,7 @@
 
     fused operations   a product with what follows it        linear_gelu, linear_dropout_add_norm, dropout, compiled
     packed batches     a batch of sequences on its device    Packed, upload
-    attention          inside each sequence                  Padded, PaddedOnCpu
+    attention          inside each sequence                  attend, Padded
     gradients          added to those that are there         backward
 
 On CUDA the whole encoder is compiled, so that each fused operation becomes a product and one kernel.
@@ -54,7 +54,7 @@ def dropout_mask(x, p):
 
 @functools.cache
 def compiled(function):
-    """The function under torch.compile, as one graph for every size of the dimensions that `upload` marks. Mix-order
+    """The function under torch.compile, as one graph for every size that Packed.mark_dynamic marks. Mix-order
     reduction is off, since it gets LayerNorm's gradients wrong (pytorch#193061)."""
     return torch.compile(function, fullgraph=True, options={"triton.mix_order_reduction": False})
 
@@ -63,94 +63,85 @@ def compiled(function):
 
 
 class Packed(NamedTuple):
-    """A packed batch on its device: B sequences end to end, as in glue_data.Batch."""
+    """A packed batch on its device: the sequences of a glue_data.Batch, and three more, which nobody reads (upload)."""
 
     input_ids: torch.Tensor  # (T,)
     segment_ids: torch.Tensor  # (T,)
     position_ids: torch.Tensor  # (T,)
-    examples: torch.Tensor  # (B,) which examples of the dataset these are
+    examples: torch.Tensor  # (B - 3,) which examples of the dataset these are
     layout: "Padded"  # where each sequence lies, for attention
+
+    def mark_dynamic(self):
+        """Tell torch.compile which sizes change from batch to batch."""
+        *indices, masks = self.layout
+        for tensor in (self.input_ids, self.segment_ids, self.position_ids, *indices, *masks):
+            torch._dynamo.mark_dynamic(tensor, 0)
+        for mask in masks:
+            torch._dynamo.mark_dynamic(mask, 3)
 
 
 def upload(batch, device):
-    """A glue_data.Batch as a Packed on the device."""
-    if device.type != "cpu":
-        return upload_to_accelerator(batch, device)
-    lengths = np.diff(batch.cu_seqlens)
-    *indices, groups = padded_indices(lengths, cuts_for_cpu(lengths))
-    arrays = batch.input_ids, batch.segment_ids, batch.position_ids, batch.examples, *indices
-    *tokens, cls, pad, unpad = map(torch.from_numpy, arrays)
-    masks = tuple(torch.from_numpy(group[:, None, None]) for group in groups)
-    return Packed(*tokens, PaddedOnCpu(cls, pad, unpad, masks))
-
-
-def upload_to_accelerator(batch, device):
-    """The same for an accelerator: one copy out of pinned memory, for which nothing waits.
+    """A glue_data.Batch as a Packed on the device: one copy, on CUDA out of pinned memory, for which nothing waits.
 
     Three sequences of one token are added at the end. Nobody reads them, so their gradients are 0, and padding can be
-    copies of the last. With them each group has two sequences or more; for one torch.compile would make another graph.
+    copies of the last. With them each of the two groups has two sequences or more; for one torch.compile would make
+    another graph.
     """
     tokens = [np.append(array, [0, 0, 0]) for array in (batch.input_ids, batch.segment_ids, batch.position_ids)]  # (T,)
-    lengths = np.append(np.diff(batch.cu_seqlens), [1, 1, 1])
-    cls, pad, unpad, groups = padded_indices(lengths, cuts_for_accelerator(lengths), multiple=8)
-    arrays = [*tokens, cls, pad, unpad, batch.examples, *map(np.ravel, groups)]
+    cls, pad, unpad, groups = padded_indices(np.append(np.diff(batch.cu_seqlens), [1, 1, 1]))
+    arrays = [*tokens, batch.examples, cls, pad, unpad, *map(np.ravel, groups)]
     flat = torch.from_numpy(np.concatenate(arrays, dtype=np.int32, casting="same_kind"))
     if device.type == "cuda":
         flat = flat.pin_memory()
         # With a mask, cuDNN's attention has NaN gradients at some sizes (pytorch#196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
     flat = flat.to(device, non_blocking=device.type == "cuda")
-    input_ids, segment_ids, position_ids, cls, pad, unpad, examples, *masks = flat.split([len(x) for x in arrays])
-    masks = tuple(mask.view(len(group), 1, 1, -1).bool() for mask, group in zip(masks, groups, strict=True))
-    for tensor in (input_ids, segment_ids, position_ids, cls, pad, unpad, *masks):
-        torch._dynamo.mark_dynamic(tensor, 0)
-    for mask in masks:
-        torch._dynamo.mark_dynamic(mask, 3)
-    return Packed(input_ids, segment_ids, position_ids, examples, Padded(cls, pad, unpad, masks))
+    *tokens, cls, pad, unpad, first, second = flat.split([len(array) for array in arrays])
+    masks = tuple(mask.view(len(group), 1, 1, -1).bool() for mask, group in zip((first, second), groups, strict=True))
+    return Packed(*tokens, Padded(cls, pad, unpad, masks))
 
 
-def padded_indices(lengths, cuts, multiple=1):
-    """cls (B,), pad (P,) and unpad (T,) of a Padded layout, and for each group which padded positions hold a token
-    (n, L). cuts: where groups begin, but for the first; L is a multiple of `multiple`."""
+def padded_indices(lengths):
+    """cls (B,), pad (P,) and unpad (T,) of a Padded, and for both groups which padded positions hold a token (n, L)."""
     starts = np.cumsum(lengths) - lengths
     pads = []
     groups = []
-    for members in np.split(np.arange(len(lengths)), cuts):
-        positions = np.arange(-(-lengths[members].max() // multiple) * multiple)
+    for members in np.split(np.arange(len(lengths)), [first_of_second_group(lengths)]):
+        positions = np.arange(-(-lengths[members].max() // 8) * 8)
         is_token = positions < lengths[members, None]  # (n, L)
         pads.append(np.where(is_token, starts[members, None] + positions, starts[-1]).ravel())
         groups.append(is_token)
     return starts, np.concatenate(pads), np.flatnonzero(np.concatenate([group.ravel() for group in groups])), groups
 
 
-def cuts_for_cpu(lengths):
-    """Many groups of similar lengths, where the sequences come longest first, as micro_batches gives them."""
-    cuts = []
-    longest = lengths[0]
-    for position, length in enumerate(lengths):
-        if not 0.7 * longest <= length <= longest:  # longer: in another order there are more groups
-            cuts.append(position)
-            longest = length
-    return cuts
-
-
-def cuts_for_accelerator(lengths):
-    """Two groups, cut where attention then has least to do, if the sequences come longest first. Lengths count as
-    multiples of 8, which its kernels want. More groups would mean more kernels, and a number of groups that changes
-    would mean more graphs of torch.compile."""
+def first_of_second_group(lengths):
+    """Where to cut the sequences into two groups, so that attention has least to do if they come longest first. Lengths
+    count as multiples of 8, which a GPU's kernels want. More groups would mean more calls, which are not faster on a
+    CPU either, and a number of groups that changes would mean more graphs of torch.compile."""
     padded = -(-lengths // 8) * 8
     counts = np.arange(2, len(lengths) - 1)  # of sequences in the first group
     work = counts * padded[0] ** 2 + (len(lengths) - counts) * padded[counts] ** 2
-    return [counts[work.argmin()]]
+    return counts[work.argmin()]
 
 
 # ----------------------------------------------------------------------------------------------------------- attention
 
 
-class Padded(NamedTuple):
-    """Sequences in groups, one after the other, and each group padded to its longest:
+def attend(q, k, v, mask, p):
+    """Attention of queries (n, A, L or 1, D) over keys and values (n, A, L, D), with dropout p on the probabilities, to
+    (n, A, L or 1, D). mask (n, 1, 1, L) is true where a key is a token."""
+    if q.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+    # On a CPU the same with the faster dropout, and with softmax and its gradient in float32.
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (n, A, L or 1, L)
+    probabilities = scores.masked_fill_(~mask, -torch.inf).float().softmax(-1)
+    return dropout(probabilities, p).to(v.dtype) @ v
 
-    tokens     a a a a a b b b b c c d e f                      T = 14, B = 6; on an accelerator nobody reads d, e and f
+
+class Padded(NamedTuple):
+    """Sequences in two groups, one after the other, each padded to its longest (in truth to the next multiple of 8):
+
+    tokens     a a a a a b b b b c c d e f                      T = 14, B = 6; nobody reads d, e and f
     padded     a a a a a  b b b b -    c c  d -  e -  f -       n = 2, L = 5, and n = 4, L = 2
     pad        0 1 2 3 4  5 6 7 8 13   9 10 11 13 12 13 13 13   each padded position's token; padding borrows the last
     unpad      0 1 2 3 4 5 6 7 8 10 11 12 14 16                 each token's padded position
@@ -172,36 +163,15 @@ class Padded(NamedTuple):
             parts = 3 if q is None else 2
             heads = group.view(n, length, parts, num_heads, -1).permute(2, 0, 3, 1, 4)  # (3 or 2, n, A, L, D)
             q, k, v = heads if q is None else (q.view(n, num_heads, 1, -1), *heads)  # (n, A, L, D); q (n, A, L or 1, D)
-            context = self.attend(q, k, v, mask, p)  # (n, A, L or 1, D)
+            context = attend(q, k, v, mask, p)  # (n, A, L or 1, D)
             contexts.append(context.transpose(1, 2).flatten(0, 1).flatten(1))  # (n · L or n, H)
         context = torch.cat(contexts)  # (P or B, H)
-        return self.remove_padding(context) if cls_q is None else context
-
-    def attend(self, q, k, v, mask, p):
-        """q (n, A, L or 1, D), k and v (n, A, L, D) to (n, A, L or 1, D)."""
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
-
-    def remove_padding(self, context):
-        """(P, H) to (T, H)."""
-        return Gather.apply(context, self.unpad, self.pad)
-
-
-class PaddedOnCpu(Padded):
-    """The same on a CPU, with the faster dropout, and with softmax and its gradient in float32. Here padding borrows a
-    token that is read, and so has a gradient: Gather would give it to the padding too, index_select does not."""
-
-    def attend(self, q, k, v, mask, p):
-        scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (n, A, L or 1, L)
-        probabilities = scores.masked_fill_(~mask, -torch.inf).float().softmax(-1)
-        return dropout(probabilities, p).to(v.dtype) @ v  # (n, A, L or 1, D)
-
-    def remove_padding(self, context):
-        return context.index_select(0, self.unpad)
+        return Gather.apply(context, self.unpad, self.pad) if cls_q is None else context
 
 
 class Gather(torch.autograd.Function):
     """x[index], to pad or to unpad. Its gradient is grad[inverse], a gather too, where PyTorch's would add up. It is
-    exact: padding sends no gradient back, and the token that Padded, on an accelerator, copies into it gets none."""
+    exact: padding sends no gradient back, and the token that Padded copies into it gets none."""
 
     @staticmethod
     def forward(ctx, x, index, inverse):

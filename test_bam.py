@@ -73,8 +73,14 @@ os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"  # the C++ of torch.compile without
 os.environ["BASH_FUNC_sleep%%"] = "() { :; }"  # download_glue.sh asks again without a pause
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
-paths = pytest.mark.parametrize(  # the CPU's groups, an accelerator's computed on a CPU, and on a GPU
-    "device, upload", [("cpu", ops.upload), ("cpu", ops.upload_to_accelerator), pytest.param("cuda", ops.upload, marks=gpu)]
+
+
+def fused_attention(q, k, v, mask, p):
+    return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+
+
+paths = pytest.mark.parametrize(  # the CPU's attention, an accelerator's computed on a CPU, and on a GPU
+    "device, attend", [("cpu", ops.attend), ("cpu", fused_attention), pytest.param("cuda", ops.attend, marks=gpu)]
 )
 
 
@@ -118,12 +124,12 @@ def gradients(model):
     return bert.public_tensors(other)
 
 
-def packed(input_ids, segment_ids, lengths, device="cpu", upload=ops.upload):
+def packed(input_ids, segment_ids, lengths, device="cpu"):
     """Padded (B, L) arrays as an ops.Packed."""
     tokens = [np.concatenate([row[:n] for row, n in zip(array, lengths, strict=True)]) for array in (input_ids, segment_ids)]
     positions = np.concatenate([np.arange(n) for n in lengths])
     arrays = (*tokens, positions, starts_of(lengths), np.arange(len(lengths)))
-    return upload(glue_data.Batch(*(array.astype(np.int32) for array in arrays)), torch.device(device))
+    return ops.upload(glue_data.Batch(*(array.astype(np.int32) for array in arrays)), torch.device(device))
 
 
 def starts_of(lengths):
@@ -131,21 +137,21 @@ def starts_of(lengths):
 
 
 def encode(model, batch):
-    """The outputs of the embeddings and of every layer."""
+    """The outputs of the embeddings and of every layer, without those of the three sequences that nobody reads."""
     outputs = []
     modules = model.embeddings_project, *model.layers
-    hooks = [module.register_forward_hook(lambda *call: outputs.append(call[-1])) for module in modules]
+    hooks = [module.register_forward_hook(lambda *call: outputs.append(call[-1][:-3])) for module in modules]
     model(batch)
     for hook in hooks:
         hook.remove()
     return outputs
 
 
-def random_batch(config, lengths, device="cpu", upload=ops.upload):
+def random_batch(config, lengths, device="cpu"):
     rng = np.random.default_rng(0)
     shape = (len(lengths), max(lengths))
     ids = rng.integers(config.vocab_size, size=shape)
-    return packed(ids, rng.integers(2, size=shape), lengths, device, upload)
+    return packed(ids, rng.integers(2, size=shape), lengths, device)
 
 
 TINY = BertConfig(60, 16, 3, 4, 32, max_position_embeddings=40, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
@@ -654,20 +660,21 @@ def test_submission_is_what_the_leaderboard_accepts():
 @recorded
 @pytest.mark.parametrize("inputs", ["padded", "full"])
 @paths
-def test_encoder_and_its_gradients_are_the_originals(inputs, device, upload):
+def test_encoder_and_its_gradients_are_the_originals(inputs, device, attend, monkeypatch):
     """Every layer within 1e-4, every gradient within 2e-4 of its tensor's largest; the last layer on [CLS] alone."""
+    monkeypatch.setattr(ops, "attend", attend)
     arrays, meta = reference("04_encoder.npz")
     model = MultiTaskBert(config_of(meta["config"]), {"rte": 2}).eval().to(device)
     load_recorded(model, arrays, "weights/")
     lengths = arrays[f"{inputs}/input_mask"].sum(1)
-    batch = packed(arrays[f"{inputs}/input_ids"], arrays[f"{inputs}/segment_ids"], lengths, device, upload)
+    batch = packed(arrays[f"{inputs}/input_ids"], arrays[f"{inputs}/segment_ids"], lengths, device)
     outputs = encode(model, batch)
     for position, output in enumerate(outputs):
         expected = arrays[f"{inputs}/embedding_output" if position == 0 else f"{inputs}/layer_{position - 1}"]
         flat = np.concatenate([row[:n] for row, n in zip(expected, lengths, strict=True)])
         expected = expected[:, 0] if output is outputs[-1] else flat
-        np.testing.assert_allclose(output.detach().cpu()[: len(expected)], expected, atol=1e-4)
-    pooled = torch.tanh(model.pooler(outputs[-1]))[: len(lengths)].cpu()
+        np.testing.assert_allclose(output.detach().cpu(), expected, atol=1e-4)
+    pooled = torch.tanh(model.pooler(outputs[-1])).cpu()
     np.testing.assert_allclose(pooled.detach(), arrays[f"{inputs}/pooled_output"], atol=1e-4)
     (pooled * torch.tensor(arrays[f"{inputs}/R"])).sum().backward()
     names = [name for name in bert.public_tensors(model) if not name.startswith("heads.")]
@@ -694,16 +701,18 @@ def test_layer_is_pytorchs_own_encoder_layer():
     for own, other in pairs:
         nn.init.normal_(other, std=0.3)
         own.data = other.detach().clone()
-    x = torch.randn(sum(LENGTHS), 16, requires_grad=True)
+    count = sum(LENGTHS)
+    x = torch.randn(count + 3, 16, requires_grad=True)  # three more, which nobody reads
     layout = random_batch(TINY, LENGTHS).layout
-    y = torch.randn(sum(LENGTHS), 16)
+    y = torch.randn(count, 16)
     output = ours(x, layout)
-    (output * y).sum().backward()
-    x_alone = x.detach().clone().requires_grad_()
+    (output[:count] * y).sum().backward()
+    x_alone = x.detach()[:count].clone().requires_grad_()
     alone = torch.cat([theirs(part[None])[0] for part in x_alone.split(LENGTHS)])
     (alone * y).sum().backward()
-    torch.testing.assert_close(output, alone, atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(x.grad, x_alone.grad, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(output[:count], alone, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(x.grad[:count], x_alone.grad, atol=1e-4, rtol=1e-4)
+    assert not x.grad[count:].any()
     for own, other in pairs:
         torch.testing.assert_close(own.grad, other.grad, atol=2e-4, rtol=1e-4)
     torch.testing.assert_close(ours(x, layout, only_cls=True), output[layout.cls])
@@ -712,8 +721,8 @@ def test_layer_is_pytorchs_own_encoder_layer():
 def test_attention_in_bfloat16_stays_near_float32():
     """Softmax and its gradient are in float32: outputs and gradients within 2 % of the largest, with values that are not
     0 on average too."""
-    count = sum(LENGTHS)
-    for shapes in ([(count, 48)], [(count, 32), (len(LENGTHS), 16)]):  # q, k and v; or k and v, and [CLS]'s q
+    count = sum(LENGTHS) + 3
+    for shapes in ([(count, 48)], [(count, 32), (len(LENGTHS) + 3, 16)]):  # q, k and v; or k and v, and [CLS]'s q
         torch.manual_seed(0)
         full = [torch.randn(shape, requires_grad=True) for shape in shapes]
         full[0].data[:, -16:] += 2
@@ -721,20 +730,21 @@ def test_attention_in_bfloat16_stays_near_float32():
         results = []
         for tensors in (half, full):
             torch.manual_seed(0)
-            out = random_batch(TINY, LENGTHS).layout.attention(tensors[0], 2, 0.1, *tensors[1:])
+            out = random_batch(TINY, LENGTHS).layout.attention(tensors[0], 2, 0.1, *tensors[1:])[:-3]
             results.append((out, *torch.autograd.grad(out.sum(), tensors)))
         for near, right in zip(*results, strict=True):
             assert near.dtype == torch.bfloat16 and (near - right).abs().max() <= 0.02 * right.abs().max()
 
 
 @paths
-def test_a_sequence_does_not_see_its_companions(device, upload):
+def test_a_sequence_does_not_see_its_companions(device, attend, monkeypatch):
     """Logits of a packed batch are those of each sequence alone, and its gradients are the sum of theirs."""
+    monkeypatch.setattr(ops, "attend", attend)
     model = tiny_model().to(device)
     rng = np.random.default_rng(0)
     ids = rng.integers(60, size=(len(LENGTHS), 40))
     segments = rng.integers(2, size=ids.shape)
-    together = model(packed(ids, segments, LENGTHS, device, upload))
+    together = model(packed(ids, segments, LENGTHS, device))
     together.square().sum().backward()
     found = gradients(model)
     model.zero_grad()
@@ -754,10 +764,10 @@ def test_dropout_stands_where_the_original_has_it(monkeypatch):
     config = replace(TINY, num_hidden_layers=2, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.2)
     tiny_model(config).train()(random_batch(config, [12] * 6))
     assert calls == [
-        ((72, 16), 0.1),
-        ((6, 4, 12, 12), 0.2), ((72, 16), 0.1), ((72, 16), 0.1),
-        ((6, 4, 1, 12), 0.2), ((6, 16), 0.1), ((6, 16), 0.1),  # the last layer, of which [CLS] alone is read
-        ((6, 16), 0.1),
+        ((75, 16), 0.1),
+        ((6, 4, 16, 16), 0.2), ((3, 4, 8, 8), 0.2), ((75, 16), 0.1), ((75, 16), 0.1),
+        ((6, 4, 1, 16), 0.2), ((3, 4, 1, 8), 0.2), ((9, 16), 0.1), ((9, 16), 0.1),  # of the last layer [CLS] alone is read
+        ((9, 16), 0.1),
     ]  # fmt: skip
 
 
@@ -817,10 +827,10 @@ def test_fresh_weights():
 
 
 def logits_and_gradients(model, compiled, lengths, device, bfloat16):
-    """One training pass over sequences of these lengths, as on an accelerator: (logits, gradients by Adam's views)."""
+    """One training pass over sequences of these lengths: (logits, gradients by Adam's views)."""
     optimizer = bam.Adam(model.to(device), bam.SINGLE)
     model.compiled = compiled
-    logits = model.train()(random_batch(model.config, lengths, device, ops.upload_to_accelerator), bfloat16)
+    logits = model.train()(random_batch(model.config, lengths, device), bfloat16)
     ops.backward(logits.square().sum(), model.parameters(), torch.device(device))
     return logits.detach(), optimizer.gradients.clone()
 
@@ -834,15 +844,15 @@ def test_gradients_added_at_once_are_those_of_backward():
         model.embeddings_norm.requires_grad_(False)
         optimizer = bam.Adam(model, bam.SINGLE)
         for lengths in ([5, 3], LENGTHS):
-            loss = model(random_batch(TINY, lengths, upload=ops.upload_to_accelerator)).square().sum()
+            loss = model(random_batch(TINY, lengths)).square().sum()
             ops.backward(loss, model.parameters(), torch.device(device))
         found.append(optimizer.gradients)
     torch.testing.assert_close(*found, atol=1e-6, rtol=1e-6)
     assert found[0].any() and not model.embeddings_norm.weight.grad.any()
 
 
-def test_an_accelerators_short_sequences_are_not_padded_to_the_longest():
-    layout = random_batch(TINY, [40, 30, *[7] * 20], upload=ops.upload_to_accelerator).layout
+def test_short_sequences_are_not_padded_to_the_longest():
+    layout = random_batch(TINY, [40, 30, *[7] * 20]).layout
     assert [tuple(mask.shape) for mask in layout.masks] == [(2, 1, 1, 40), (23, 1, 1, 8)]  # and three that nobody reads
 
 
@@ -877,7 +887,9 @@ def test_compiled_operations_drop_out(device):
 
     qkv = torch.randn(sum(LENGTHS) + 3, 48, generator=torch.Generator().manual_seed(0)).to(device)
     torch._dynamo.mark_dynamic(qkv, 0)
-    layout = random_batch(TINY, LENGTHS, device, ops.upload_to_accelerator).layout
+    batch = random_batch(TINY, LENGTHS, device)
+    batch.mark_dynamic()
+    layout = batch.layout
     draws = []
     for seed in (0, 0, *range(1, 400)):
         torch.manual_seed(seed)
@@ -1136,7 +1148,7 @@ def test_electra_trains_and_exports(tmp_path, size):
     predict.write_public(model, tmp_path)
     theirs = transformers.AutoModel.from_pretrained(tmp_path).eval()
     assert type(theirs).__name__ == "ElectraModel"
-    examples = list(zip(batch.input_ids.split(LENGTHS), batch.segment_ids.split(LENGTHS), strict=True))
+    examples = list(zip(batch.input_ids[:-3].split(LENGTHS), batch.segment_ids[:-3].split(LENGTHS), strict=True))
     arguments = [{"input_ids": ids[None], "token_type_ids": segments[None].long()} for ids, segments in examples]
     cls = torch.stack([theirs(**example).last_hidden_state[0, 0] for example in arguments])
     torch.testing.assert_close(encode(model, batch)[-1], cls, atol=1e-5, rtol=0)
