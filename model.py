@@ -5,7 +5,7 @@
     tensor files  the safetensors format                  read_safetensors, write_safetensors
 
 The semantics are those of the original's bam/bert/modeling.py; only the layout differs. A batch of B sequences is one
-row of T real tokens, over which every product runs. Attention alone pads (ops.Padded).
+row of T tokens, over which every product runs. Attention alone pads (ops.Padded).
 
 Dimension letters: B sequences, T tokens, H hidden size, A attention heads, F feed-forward size, E embedding size (H but
 for small ELECTRA), K outputs of all tasks together.
@@ -167,8 +167,9 @@ class MultiTaskBert(nn.Module):
         return x.float()
 
     def forward(self, batch, bfloat16=False):
-        """An ops.Packed of B sequences to the logits (B, K) of every head. bfloat16: products in it, sums in float32.
-        The heads compute in float32: in bfloat16 STS-B's scores, up to 5, would have steps of 0.02."""
+        """An ops.Packed of B sequences to the logits (B - 3, K) of every head, without the three that ops.upload adds.
+        bfloat16: products in it, sums in float32. The heads compute in float32: in bfloat16 STS-B's scores, up to 5,
+        would have steps of 0.02."""
         pooled_output = MultiTaskBert.pooled_output
         if self.compiled and self.training:
             pooled_output = self.compiled
@@ -176,7 +177,7 @@ class MultiTaskBert(nn.Module):
         tokens = batch.input_ids, batch.segment_ids, batch.position_ids
         pooled = pooled_output(self, *tokens, batch.layout, bfloat16)  # (B, H)
         pooled = dropout(pooled, self.config.hidden_dropout_prob if self.training else 0.0)
-        return self.head(pooled)[: len(batch.examples)]  # without the three that ops.upload adds
+        return self.head(pooled)[: len(batch.examples)]
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints

@@ -8,7 +8,8 @@
 On CUDA the whole encoder is compiled, so that each fused operation becomes a product and one kernel.
 
 Dimension letters: B sequences, T tokens, H hidden size, A attention heads, D = H / A, F feed-forward size. Attention
-alone pads: the n sequences of a group to the L tokens of its longest, which makes P positions in all.
+alone pads: the n sequences of a group to L, the length of its longest rounded up to a multiple of 8, which makes P
+positions in all.
 """
 
 import functools
@@ -81,7 +82,7 @@ class Packed(NamedTuple):
 
 
 def upload(batch, device):
-    """A glue_data.Batch as a Packed on the device: one copy, on CUDA out of pinned memory, for which nothing waits.
+    """A glue_data.Batch as a Packed on the device: by one copy, on CUDA out of pinned memory, for which nothing waits.
 
     Three sequences of one token are added at the end. Nobody reads them, so their gradients are 0, and padding can be
     copies of the last. With them each of the two groups has two sequences or more; for one torch.compile would make
@@ -89,14 +90,14 @@ def upload(batch, device):
     """
     tokens = [np.append(array, [0, 0, 0]) for array in (batch.input_ids, batch.segment_ids, batch.position_ids)]  # (T,)
     cls, pad, unpad, groups = padded_indices(np.append(np.diff(batch.cu_seqlens), [1, 1, 1]))
-    arrays = [*tokens, batch.examples, cls, pad, unpad, *map(np.ravel, groups)]
-    flat = torch.from_numpy(np.concatenate(arrays, dtype=np.int32, casting="same_kind"))
+    arrays = [*tokens, batch.examples, cls, pad, unpad, *groups]
+    flat = torch.from_numpy(np.concatenate(arrays, axis=None, dtype=np.int32, casting="same_kind"))  # end to end
     if device.type == "cuda":
         flat = flat.pin_memory()
         # With a mask, cuDNN's attention has NaN gradients at some sizes (pytorch#196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
     flat = flat.to(device, non_blocking=device.type == "cuda")
-    *tokens, cls, pad, unpad, first, second = flat.split([len(array) for array in arrays])
+    *tokens, cls, pad, unpad, first, second = flat.split([array.size for array in arrays])
     masks = tuple(mask.view(len(group), 1, 1, -1).bool() for mask, group in zip((first, second), groups, strict=True))
     return Packed(*tokens, Padded(cls, pad, unpad, masks))
 
@@ -109,15 +110,15 @@ def padded_indices(lengths):
     for members in np.split(np.arange(len(lengths)), [first_of_second_group(lengths)]):
         positions = np.arange(-(-lengths[members].max() // 8) * 8)
         is_token = positions < lengths[members, None]  # (n, L)
-        pads.append(np.where(is_token, starts[members, None] + positions, starts[-1]).ravel())
+        pads.append(np.where(is_token, starts[members, None] + positions, starts[-1]))  # (n, L)
         groups.append(is_token)
-    return starts, np.concatenate(pads), np.flatnonzero(np.concatenate([group.ravel() for group in groups])), groups
+    return starts, np.concatenate(pads, axis=None), np.flatnonzero(np.concatenate(groups, axis=None)), groups
 
 
 def first_of_second_group(lengths):
     """Where to cut the sequences into two groups, so that attention has least to do if they come longest first. Lengths
-    count as multiples of 8, which a GPU's kernels want. More groups would mean more calls, which are not faster on a
-    CPU either, and a number of groups that changes would mean more graphs of torch.compile."""
+    count as multiples of 8, which a GPU's kernels want. More groups would mean less padding and more calls, which is no
+    faster on a CPU either, and a number of groups that changes would mean more graphs of torch.compile."""
     padded = -(-lengths // 8) * 8
     counts = np.arange(2, len(lengths) - 1)  # of sequences in the first group
     work = counts * padded[0] ** 2 + (len(lengths) - counts) * padded[counts] ** 2
@@ -139,7 +140,7 @@ def attend(q, k, v, mask, p):
 
 
 class Padded(NamedTuple):
-    """Sequences in two groups, one after the other, each padded to its longest (in truth to the next multiple of 8):
+    """Sequences in two groups, one after the other, each padded to its longest (here not to a multiple of 8):
 
     tokens     a a a a a b b b b c c d e f                      T = 14, B = 6; nobody reads d, e and f
     padded     a a a a a  b b b b -    c c  d -  e -  f -       n = 2, L = 5, and n = 4, L = 2

@@ -73,14 +73,8 @@ os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"  # the C++ of torch.compile without
 os.environ["BASH_FUNC_sleep%%"] = "() { :; }"  # download_glue.sh asks again without a pause
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
-
-
-def fused_attention(q, k, v, mask, p):
-    return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
-
-
-paths = pytest.mark.parametrize(  # the CPU's attention, an accelerator's computed on a CPU, and on a GPU
-    "device, attend", [("cpu", ops.attend), ("cpu", fused_attention), pytest.param("cuda", ops.attend, marks=gpu)]
+paths = pytest.mark.parametrize(  # the CPU's path, an accelerator's computed on a CPU, and on a GPU
+    "device, accelerated", [("cpu", False), ("cpu", True), pytest.param("cuda", False, marks=gpu)]
 )
 
 
@@ -660,9 +654,9 @@ def test_submission_is_what_the_leaderboard_accepts():
 @recorded
 @pytest.mark.parametrize("inputs", ["padded", "full"])
 @paths
-def test_encoder_and_its_gradients_are_the_originals(inputs, device, attend, monkeypatch):
+def test_encoder_and_its_gradients_are_the_originals(inputs, device, accelerated, monkeypatch):
     """Every layer within 1e-4, every gradient within 2e-4 of its tensor's largest; the last layer on [CLS] alone."""
-    monkeypatch.setattr(ops, "attend", attend)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: accelerated)  # which takes an accelerator's path
     arrays, meta = reference("04_encoder.npz")
     model = MultiTaskBert(config_of(meta["config"]), {"rte": 2}).eval().to(device)
     load_recorded(model, arrays, "weights/")
@@ -737,9 +731,9 @@ def test_attention_in_bfloat16_stays_near_float32():
 
 
 @paths
-def test_a_sequence_does_not_see_its_companions(device, attend, monkeypatch):
+def test_a_sequence_does_not_see_its_companions(device, accelerated, monkeypatch):
     """Logits of a packed batch are those of each sequence alone, and its gradients are the sum of theirs."""
-    monkeypatch.setattr(ops, "attend", attend)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: accelerated)  # which takes an accelerator's path
     model = tiny_model().to(device)
     rng = np.random.default_rng(0)
     ids = rng.integers(60, size=(len(LENGTHS), 40))
