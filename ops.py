@@ -97,9 +97,9 @@ def upload(batch, device):
         # With a mask, cuDNN's attention has NaN gradients at some sizes (pytorch#196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
     flat = flat.to(device, non_blocking=device.type == "cuda")
-    *tokens, cls, pad, unpad, first, second = flat.split([array.size for array in arrays])
+    *fields, cls, pad, unpad, first, second = flat.split([array.size for array in arrays])
     masks = tuple(mask.view(len(group), 1, 1, -1).bool() for mask, group in zip((first, second), groups, strict=True))
-    return Packed(*tokens, Padded(cls, pad, unpad, masks))
+    return Packed(*fields, Padded(cls, pad, unpad, masks))
 
 
 def padded_indices(lengths):
