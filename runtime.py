@@ -32,7 +32,7 @@ from ops import compiled
 
 CUDA_TOKENS = 8192  # tokens at once, in training and in predicting: what fills the device, and no more
 CPU_TOKENS = 800  # in float32; more is hardly faster, and takes more memory
-CPU_BFLOAT16_TOKENS = 2400
+CPU_BFLOAT16_TOKENS = 2000
 PRECISIONS = ("auto", "float32", "bfloat16")
 MIN_TOKENS = 256  # a micro-batch is not halved below this where memory is short
 
