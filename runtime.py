@@ -186,6 +186,8 @@ class Run:
 
     def __exit__(self, error, *_):
         self.files.close()
+        if self.live:  # else an error's message would stand at the end of the last live line
+            show("\r\033[K", end="")
         if self.compile:  # for whatever the caller compiles next
             torch.compiler.set_stance("default")
         if self.world > 1 and error is None:

@@ -1699,6 +1699,26 @@ def test_a_run_computes_as_it_is_told():
         Run(precision="bf16")
 
 
+def test_a_live_line_is_overwritten(monkeypatch, tmp_path):
+    """On a terminal, by the next line and by the message that ends the command; the log does without it."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+
+    def main(argv):
+        with Run(tmp_path, "cpu", "float32") as run:
+            run.say("step 1", live=True)
+            run.say("dev 90.0")
+            run.say("step 2", live=True)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert runtime.command("bam.py", main) == 130
+    left = re.sub(r"[^\n]*\r\033\[K", "", terminal.getvalue())
+    assert left == "dev 90.0\nbam.py: interrupted; the same command resumes from the last checkpoint\n"
+    assert (tmp_path / "log.txt").read_text() == "dev 90.0\n"
+
+
 @pytest.mark.parametrize("local_rank, card", [("0", 0), ("", 1)])
 def test_each_process_has_its_own_card(monkeypatch, local_rank, card):
     """The one that torchrun names; without torchrun, by the process's number, whatever the number of cards a machine."""
