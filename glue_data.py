@@ -38,7 +38,7 @@ class Task:
     """
 
     name: str  # Hugging Face's name of the `glue` configuration
-    folder: str  # the official folder, and the name in the paper's table; --task takes either
+    folder: str  # the official folder, and the name in the paper's table
     text: tuple[str, ...]  # column names of the one or two sentences
     label: str = "label"  # column name of the label
     labels: tuple[str, ...] = ()  # label words, the second positive for F1; none: a score
@@ -106,7 +106,7 @@ EIGHT = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")  # the pa
 
 
 def resolve(names):
-    """The Tasks that 'rte,SST-2', 'all' or 'all,wnli' names. Unknown, ambiguous and repeated names raise."""
+    """The Tasks that 'rte,SST-2', 'all' or 'all,wnli' names. Unknown and repeated names raise InputError."""
     groups = [EIGHT if name.strip().lower() == "all" else (name.strip(),) for name in names.split(",")]
     tasks = [find_task(name) for group in groups for name in group]
     for task in tasks:
@@ -116,15 +116,11 @@ def resolve(names):
 
 
 def find_task(name):
-    """The Task of this name or, if there is none, of this folder. Case and hyphens do not matter."""
-    wanted = name.lower().replace("-", "")
-    for field in ("name", "folder"):
-        found = [task for task in TASKS.values() if getattr(task, field).lower().replace("-", "") == wanted]
-        if len(found) > 1:
-            raise InputError(f"task {name!r} may be {' or '.join(task.name for task in found)}; rename one in TASKS")
-        if found:
-            return found[0]
-    raise InputError(f"unknown task {name!r}; known: all, {', '.join(TASKS)}")
+    """The Task of this name. In lower case and without hyphens, the names of GLUE's folders are those of its tasks."""
+    task = TASKS.get(name) or TASKS.get(name.lower().replace("-", ""))
+    if task is None:
+        raise InputError(f"unknown task {name!r}; known: all, {', '.join(TASKS)}")
+    return task
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
