@@ -33,7 +33,7 @@ import table
 from glue_data import InputError, block_diagonal, concatenate, micro_batches, pack, sample_schedule
 from inputs import checkpoint_folder, data_folder, identity, load_data, parse_args, recipes
 from model import WEIGHTS, load_pretrained, save_pretrained
-from ops import backward, upload
+from ops import backward, upload, vector_norm
 from runtime import Progress, Run, command, discard_checkpoints, to_json, within_memory, write_whole
 from wordpiece import Tokenizer
 
@@ -148,14 +148,6 @@ def learning_rate(step, num_steps, recipe, distance_to_head=0):
     warmup_steps = int(recipe.warmup * num_steps)
     factor = step / warmup_steps if step < warmup_steps else max(0.0, 1 - step / num_steps)
     return recipe.learning_rate * factor * recipe.layer_decay**distance_to_head
-
-
-def vector_norm(vector):
-    """The Euclidean norm of a long vector, 0-dimensional. On a CPU norm() sums in float32 and loses small terms: it is
-    1 % too small for random numbers of BERT-Base's length, 6 % of BERT-Large's. In parts of 2^18 it errs by 6e-6."""
-    if vector.device.type != "cpu":
-        return vector.norm()
-    return torch.stack([part.norm() for part in vector.split(1 << 18)]).norm()
 
 
 class Adam:

@@ -3,7 +3,7 @@
     fused operations   a product with what follows it        linear_gelu, linear_dropout_add_norm, dropout, compiled
     packed batches     a batch of sequences on its device    Packed, upload
     attention          inside each sequence                  attend, Padded
-    gradients          added to those that are there         backward
+    gradients          added up, and their norm              backward, vector_norm
 
 On CUDA the whole encoder is compiled, so that each fused operation becomes a product and one kernel.
 
@@ -196,3 +196,11 @@ def backward(loss, parameters, device):
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     gradients = torch.autograd.grad(loss, trained, materialize_grads=True)  # 0 for a parameter that had no part in it
     torch._foreach_add_([parameter.grad for parameter in trained], gradients)
+
+
+def vector_norm(vector):
+    """The Euclidean norm of a long vector, 0-dimensional. On a CPU norm() sums in float32 and loses small terms: it is
+    1 % too small for random numbers of BERT-Base's length, 6 % of BERT-Large's. In parts of 2^18 it errs by 6e-6."""
+    if vector.device.type != "cpu":
+        return vector.norm()
+    return torch.stack([part.norm() for part in vector.split(1 << 18)]).norm()
