@@ -2,7 +2,7 @@
 trains and predicts with, beside Hugging Face transformers on the same examples with the same weights, in turns.
 
     python bench_bam.py                      # everything, on whatever machine this is
-    python bench_bam.py --quick              # the mixed stream and evaluation alone: three minutes on two cores
+    python bench_bam.py --quick              # the mixed stream and evaluation alone: two minutes on two cores
     python bench_bam.py --scale              # also cost against batch and model size
     python bench_bam.py --limits             # what a GPU would have to do and to hold, computed without one
     python bench_bam.py --json speed.jsonl   # one object a line for each measurement
