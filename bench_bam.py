@@ -166,7 +166,7 @@ class HuggingFace:
         """hf_default's 32 examples at a time; hf_best's as ours, by length, but in training of a tuned size."""
         if not self.best:
             return np.split(examples, range(32, len(examples), 32))
-        num_tokens = self.num_tokens if self.encoder.training else self.run.tokens_at_once
+        num_tokens = self.num_tokens if self.encoder.training else 2 * self.run.tokens_at_once
         return glue_data.micro_batches(dataset, examples, num_tokens)
 
     def gradients(self, batch):

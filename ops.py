@@ -86,10 +86,14 @@ def upload(batch, device):
 
     Three sequences of one token are added at the end. Nobody reads them, so their gradients are 0, and padding can be
     copies of the last. With them each of the two groups has two sequences or more; for one torch.compile would make
-    another graph.
+    another graph. More copies, of no sequence, make T a multiple of 32: a product in bfloat16 on a CPU needs a kernel
+    for each T, which can take longer to make than to run (oneDNN, with AMX).
     """
-    tokens = [np.append(array, [0, 0, 0]) for array in (batch.input_ids, batch.segment_ids, batch.position_ids)]  # (T,)
+    copies = -(len(batch.input_ids) + 3) % 32
+    added = [0] * (3 + copies)
+    tokens = [np.append(array, added) for array in (batch.input_ids, batch.segment_ids, batch.position_ids)]  # (T,)
     cls, pad, unpad, groups = padded_indices(np.append(np.diff(batch.cu_seqlens), [1, 1, 1]))
+    unpad = np.append(unpad, np.repeat(unpad[-1:], copies))  # (T,)
     arrays = [*tokens, batch.examples, cls, pad, unpad, *groups]
     flat = torch.from_numpy(np.concatenate(arrays, axis=None, dtype=np.int32, casting="same_kind"))  # end to end
     if device.type == "cuda":
@@ -131,16 +135,16 @@ def first_of_second_group(lengths):
 def attend(q, k, v, mask, p):
     """Attention of queries (n, A, L or 1, D) over keys and values (n, A, L, D), with dropout p on the probabilities, to
     (n, A, L or 1, D). mask (n, 1, 1, L) is true where a key is a token."""
-    if q.device.type != "cpu" or torch.compiler.is_compiling():
+    if q.device.type != "cpu" or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
-    # On a CPU the same with the faster dropout, and with softmax and its gradient in float32.
+    # To train on a CPU the same with the faster dropout, and with softmax and its gradient in float32.
     scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (n, A, L or 1, L)
     probabilities = scores.masked_fill_(~mask, -torch.inf).float().softmax(-1)
     return dropout(probabilities, p).to(v.dtype) @ v
 
 
 class Padded(NamedTuple):
-    """Sequences in two groups, one after the other, each padded to its longest (here not to a multiple of 8):
+    """Sequences in two groups, one after the other, each padded to its longest (here nothing is rounded up):
 
     tokens     a a a a a b b b b c c d e f                      T = 14, B = 6; nobody reads d, e and f
     padded     a a a a a  b b b b -    c c  d -  e -  f -       n = 2, L = 5, and n = 4, L = 2

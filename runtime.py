@@ -467,7 +467,7 @@ def command(name, main, argv=None):
         with contextlib.suppress(AttributeError):  # closed, or somebody's own
             stream.reconfigure(errors="backslashreplace")  # λ in an encoding that lacks it
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's kernels, and PyTorch's
-        os.environ.setdefault(cache, "64")  # not 1,024: a kernel serves one shape, and most batches have a new one
+        os.environ.setdefault(cache, "64")  # not 1,024: a kernel serves one shape, and there are many
     resumes = "; the same command resumes from the last checkpoint" if name == "bam.py" else ""
     status = 1
     try:

@@ -131,14 +131,14 @@ def starts_of(lengths):
 
 
 def encode(model, batch):
-    """The outputs of the embeddings and of every layer, without those of the three sequences that nobody reads."""
+    """The outputs of the embeddings and of every layer, without those that nobody reads."""
     outputs = []
     modules = model.embeddings_project, *model.layers
-    hooks = [module.register_forward_hook(lambda *call: outputs.append(call[-1][:-3])) for module in modules]
+    hooks = [module.register_forward_hook(lambda *call: outputs.append(call[-1])) for module in modules]
     model(batch)
     for hook in hooks:
         hook.remove()
-    return outputs
+    return [*(output[: batch.layout.cls[-3]] for output in outputs[:-1]), outputs[-1][:-3]]
 
 
 def random_batch(config, lengths, device="cpu"):
@@ -692,8 +692,8 @@ def test_layer_is_pytorchs_own_encoder_layer():
         nn.init.normal_(other, std=0.3)
         own.data = other.detach().clone()
     count = sum(LENGTHS)
-    x = torch.randn(count + 3, 16, requires_grad=True)  # three more, which nobody reads
     layout = random_batch(TINY, LENGTHS).layout
+    x = torch.randn(len(layout.unpad), 16, requires_grad=True)  # more than count, which nobody reads
     y = torch.randn(count, 16)
     output = ours(x, layout)
     (output[:count] * y).sum().backward()
@@ -711,7 +711,8 @@ def test_layer_is_pytorchs_own_encoder_layer():
 def test_attention_in_bfloat16_stays_near_float32():
     """Softmax and its gradient are in float32: outputs and gradients within 2 % of the largest, with values that are not
     0 on average too."""
-    count = sum(LENGTHS) + 3
+    layout = random_batch(TINY, LENGTHS).layout
+    count = len(layout.unpad)
     for shapes in ([(count, 48)], [(count, 32), (len(LENGTHS) + 3, 16)]):  # q, k and v; or k and v, and [CLS]'s q
         torch.manual_seed(0)
         full = [torch.randn(shape, requires_grad=True) for shape in shapes]
@@ -720,7 +721,7 @@ def test_attention_in_bfloat16_stays_near_float32():
         results = []
         for tensors in (half, full):
             torch.manual_seed(0)
-            out = random_batch(TINY, LENGTHS).layout.attention(tensors[0], 2, 0.1, *tensors[1:])[:-3]
+            out = layout.attention(tensors[0], 2, 0.1, *tensors[1:])[: -3 if tensors[1:] else sum(LENGTHS)]
             results.append((out, *torch.autograd.grad(out.sum(), tensors)))
         for near, right in zip(*results, strict=True):
             assert near.dtype == torch.bfloat16 and (near - right).abs().max() <= 0.02 * right.abs().max()
@@ -754,8 +755,8 @@ def test_dropout_stands_where_the_original_has_it(monkeypatch):
     config = replace(TINY, num_hidden_layers=2, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.2)
     tiny_model(config).train()(random_batch(config, [12] * 6))
     assert calls == [
-        ((75, 16), 0.1),
-        ((6, 4, 16, 16), 0.2), ((3, 4, 8, 8), 0.2), ((75, 16), 0.1), ((75, 16), 0.1),
+        ((96, 16), 0.1),  # 72 tokens, three that nobody reads, and copies up to a multiple of 32
+        ((6, 4, 16, 16), 0.2), ((3, 4, 8, 8), 0.2), ((96, 16), 0.1), ((96, 16), 0.1),
         ((6, 4, 1, 16), 0.2), ((3, 4, 1, 8), 0.2), ((9, 16), 0.1), ((9, 16), 0.1),  # of the last layer [CLS] alone is read
         ((9, 16), 0.1),
     ]  # fmt: skip
@@ -875,7 +876,7 @@ def test_compiled_operations_drop_out(device):
     def attend(qkv, layout):
         return ops.dropout(layout.attention(qkv, 2, 0.1), 0.1)
 
-    qkv = torch.randn(sum(LENGTHS) + 3, 48, generator=torch.Generator().manual_seed(0)).to(device)
+    qkv = torch.randn(128, 48, generator=torch.Generator().manual_seed(0)).to(device)
     torch._dynamo.mark_dynamic(qkv, 0)
     batch = random_batch(TINY, LENGTHS, device)
     batch.mark_dynamic()
@@ -1138,7 +1139,8 @@ def test_electra_trains_and_exports(tmp_path, size):
     predict.write_public(model, tmp_path)
     theirs = transformers.AutoModel.from_pretrained(tmp_path).eval()
     assert type(theirs).__name__ == "ElectraModel"
-    examples = list(zip(batch.input_ids[:-3].split(LENGTHS), batch.segment_ids[:-3].split(LENGTHS), strict=True))
+    parts = [ids[: sum(LENGTHS)].split(LENGTHS) for ids in (batch.input_ids, batch.segment_ids)]
+    examples = list(zip(*parts, strict=True))
     arguments = [{"input_ids": ids[None], "token_type_ids": segments[None].long()} for ids, segments in examples]
     cls = torch.stack([theirs(**example).last_hidden_state[0, 0] for example in arguments])
     torch.testing.assert_close(encode(model, batch)[-1], cls, atol=1e-5, rtol=0)
@@ -1785,7 +1787,7 @@ def test_a_batch_that_does_not_fit_is_split(training, monkeypatch):
     monkeypatch.setattr(runtime, "MIN_TOKENS", 31)
 
     def forward(model, batch, *rest):
-        if len(batch.input_ids) > 80:
+        if batch.layout.cls[-3] > 80:  # tokens, but for those that nobody reads
             raise torch.OutOfMemoryError("out of memory")
         return plain(model, batch, *rest)
 
