@@ -7,7 +7,7 @@ starts by imitating its teachers and can end above them:
 
     target(step) = λ · gold label + (1 − λ) · teacher's output,      λ = step / num_steps
 
-    python bam.py --demo                     # everything below in two minutes, on generated data
+    python bam.py --demo                     # everything below in a minute or two, on generated data
     python bam.py --task all                 # eight teachers, their outputs, one student, the table, a submission
     python bam.py --task rte,mrpc            # the same over two tasks
     python bam.py --task rte                 # plain fine-tuning

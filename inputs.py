@@ -74,6 +74,8 @@ def parse_args(argv, description, defaults, regimes):
         parser.error("--table: takes run directories and no other flag")
     if args.demo and (args.data != DATA or args.checkpoint != CHECKPOINT_NAME):
         parser.error("--demo makes its own data and checkpoint; --data and --checkpoint are for real ones")
+    if args.demo and args.precision == "auto":
+        args.precision = "float32"  # its products are so small that bfloat16 makes them slower
     args.out = args.out or f"runs/{'demo' if args.demo else args.task.replace(',', '-')}"
     several = len(glue_data.resolve(args.task)) > 1  # which refuses unknown names
     names = ("single-multi" if several else "single") if args.regime is None else args.regime
@@ -103,7 +105,7 @@ def add_training_flags(parser, regimes):
     add("--limit", type=count, metavar="N", help="at most N lines of each training file, evenly spaced (default all)")
     add("--table", nargs="+", type=Path, metavar="RUN", help="train nothing; one table over several run directories")
     add = parser.add_argument_group("files").add_argument
-    add("--demo", action="store_true", help="generated data, a tiny BERT, its own recipe: no download, two minutes")
+    add("--demo", action="store_true", help="generated data, a tiny BERT, its own recipe: no download, a minute or two")
     add("--data", default=DATA, help=f"the GLUE folder (default {DATA}, downloaded if missing)")
     add("--download", action="store_true", help="fetch what --data lacks of GLUE, whatever its name")
     name = f"a folder, or a public checkpoint's name, ORG/NAME (default {CHECKPOINT_NAME})"
@@ -117,7 +119,7 @@ def add_machine_flags(parser):
     count = number(int, 1)
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="cuda, cpu, mps (default: cuda where there is one)")
-    precision = "default: bfloat16 where the device multiplies it natively"
+    precision = "default: bfloat16 where the device multiplies it natively, float32 elsewhere and with --demo"
     add("--precision", choices=PRECISIONS, default="auto", help=precision)
     add("--no-compile", dest="compile", action="store_false", help="CUDA: do not compile the encoder")
     add("--save-minutes", type=number(float, 0), default=5, metavar="X", help="between checkpoints (default 5)")
