@@ -75,7 +75,7 @@ def parse_args(argv, description, defaults, regimes):
     if args.demo and (args.data != DATA or args.checkpoint != CHECKPOINT_NAME):
         parser.error("--demo makes its own data and checkpoint; --data and --checkpoint are for real ones")
     if args.demo and args.precision == "auto":
-        args.precision = "float32"  # its products are so small that bfloat16 makes them slower
+        args.precision = "float32"  # its products are so small that on a CPU bfloat16 makes them slower
     args.out = args.out or f"runs/{'demo' if args.demo else args.task.replace(',', '-')}"
     several = len(glue_data.resolve(args.task)) > 1  # which refuses unknown names
     names = ("single-multi" if several else "single") if args.regime is None else args.regime

@@ -64,7 +64,7 @@ def compiled(function):
 
 
 class Packed(NamedTuple):
-    """A packed batch on its device: the sequences of a glue_data.Batch, and three more, which nobody reads (upload)."""
+    """A packed batch on its device: the sequences of a glue_data.Batch, and at the end what nobody reads (upload)."""
 
     input_ids: torch.Tensor  # (T,)
     segment_ids: torch.Tensor  # (T,)
@@ -86,8 +86,8 @@ def upload(batch, device):
 
     Three sequences of one token are added at the end. Nobody reads them, so their gradients are 0, and padding can be
     copies of the last. With them each of the two groups has two sequences or more; for one torch.compile would make
-    another graph. More copies, of no sequence, make T a multiple of 32: a product in bfloat16 on a CPU needs a kernel
-    for each T, which can take longer to make than to run (oneDNN, with AMX).
+    another graph. Copies of their token, in no sequence, make T a multiple of 32: a product in bfloat16 on a CPU needs
+    a kernel for each T, which can take longer to make than to run (oneDNN, with AMX).
     """
     copies = -(len(batch.input_ids) + 3) % 32
     added = [0] * (3 + copies)
@@ -176,7 +176,7 @@ class Padded(NamedTuple):
 
 class Gather(torch.autograd.Function):
     """x[index], to pad or to unpad. Its gradient is grad[inverse], a gather too, where PyTorch's would add up. It is
-    exact: padding sends no gradient back, and the token that Padded copies into it gets none."""
+    exact: padding and what upload adds send no gradient back, and the token of which they are copies gets none."""
 
     @staticmethod
     def forward(ctx, x, index, inverse):

@@ -30,7 +30,7 @@ from glue_data import InputError, describe_examples, read_json
 from model import CheckpointError, read_safetensors, whole, write_safetensors
 from ops import compiled
 
-CUDA_TOKENS = 8192  # tokens at once, in training and in predicting: what fills the device, and no more
+CUDA_TOKENS = 8192  # tokens at once: what fills the device in training; predicting takes twice as many
 CPU_TOKENS = 800  # in float32; more is hardly faster, and takes more memory
 CPU_BFLOAT16_TOKENS = 2000
 PRECISIONS = ("auto", "float32", "bfloat16")

@@ -710,7 +710,7 @@ def test_layer_is_pytorchs_own_encoder_layer():
 
 def test_attention_in_bfloat16_stays_near_float32():
     """Softmax and its gradient are in float32: outputs and gradients within 2 % of the largest, with values that are not
-    0 on average too."""
+    0 on average too. And outputs without gradients, as in predicting."""
     layout = random_batch(TINY, LENGTHS).layout
     count = len(layout.unpad)
     for shapes in ([(count, 48)], [(count, 32), (len(LENGTHS) + 3, 16)]):  # q, k and v; or k and v, and [CLS]'s q
@@ -722,7 +722,9 @@ def test_attention_in_bfloat16_stays_near_float32():
         for tensors in (half, full):
             torch.manual_seed(0)
             out = layout.attention(tensors[0], 2, 0.1, *tensors[1:])[: -3 if tensors[1:] else sum(LENGTHS)]
-            results.append((out, *torch.autograd.grad(out.sum(), tensors)))
+            with torch.set_grad_enabled(tensors is full):
+                predicted = layout.attention(tensors[0], 2, 0.0, *tensors[1:])
+            results.append((out, predicted, *torch.autograd.grad(out.sum(), tensors)))
         for near, right in zip(*results, strict=True):
             assert near.dtype == torch.bfloat16 and (near - right).abs().max() <= 0.02 * right.abs().max()
 
@@ -876,11 +878,11 @@ def test_compiled_operations_drop_out(device):
     def attend(qkv, layout):
         return ops.dropout(layout.attention(qkv, 2, 0.1), 0.1)
 
-    qkv = torch.randn(128, 48, generator=torch.Generator().manual_seed(0)).to(device)
-    torch._dynamo.mark_dynamic(qkv, 0)
     batch = random_batch(TINY, LENGTHS, device)
     batch.mark_dynamic()
     layout = batch.layout
+    qkv = torch.randn(len(layout.unpad), 48, generator=torch.Generator().manual_seed(0)).to(device)
+    torch._dynamo.mark_dynamic(qkv, 0)
     draws = []
     for seed in (0, 0, *range(1, 400)):
         torch.manual_seed(seed)
@@ -2132,6 +2134,11 @@ def test_bad_flags_are_refused_before_any_training(refuses, tmp_path):
     refuses("download_glue.sh glue glue_data failed, as said above; --demo needs no download", data="glue_data")
     vocab = tmp_path / "checkpoint" / "vocab.txt"
     refuses(vocab / "run", "cannot be written", out=vocab / "run")
+
+
+def test_the_demo_computes_in_float32_unless_told_otherwise():
+    for words, precision in (("", "auto"), ("--demo", "float32"), ("--demo --precision bfloat16", "bfloat16")):
+        assert inputs.parse_args(words.split(), "", (bam.SINGLE, bam.MULTI), bam.REGIMES).precision == precision
 
 
 def test_bad_files_are_refused_before_any_training(refuses, tmp_path):
