@@ -204,8 +204,7 @@ class Adam:
 # `run` (runtime.Run) is the device, the run directory and the processes that share them: run.rank of run.world, and
 # run.all_reduce(x) sums x over them; run.on_rank_0(f, ...) calls f in process 0 while the others wait; run.exists(path)
 # gives process 0's answer in all of them; a micro-batch, the part of a batch that is run at once, has about
-# run.tokens_at_once tokens, in predicting twice as many. A dataset's example i is
-# input_ids[offsets[i] : offsets[i + 1]].
+# run.tokens_at_once tokens, in predict() twice as many. A dataset's example i is input_ids[offsets[i] : offsets[i+1]].
 
 
 def targets_of(dataset, teacher_logits, device):
